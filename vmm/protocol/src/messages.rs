@@ -1,0 +1,268 @@
+//! The messages themselves.
+
+use serde::{Deserialize, Serialize};
+
+/// The place of a descriptor in the list that came with the message.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize, Deserialize)]
+pub struct FdIndex(pub u16);
+
+/// What the daemon asks of a VMM.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Request {
+    /// Build the machine and run it. Once per process; answered when the vCPUs run.
+    Boot(Box<VmConfig>),
+    /// Say who you are and how you do.
+    Status {
+        /// The [`PROTOCOL_VERSION`](crate::PROTOCOL_VERSION) of the asker.
+        version: u32,
+    },
+    /// Stop the vCPUs and device workers at a point from which [`Request::Resume`] goes on.
+    Pause,
+    /// Go on after a pause.
+    Resume,
+    /// Ask the guest to power off. Answered at once; the end is an [`Event::Exited`].
+    Shutdown,
+    /// End the machine now.
+    Kill,
+    /// Connect to a container's output streams in the agent and write them to a log in the CRI format.
+    AddLog(LogConfig),
+    /// Go on in another log file, after a rotation. Answered when the next byte goes there.
+    ReopenLog {
+        /// The container whose log it is.
+        container_id: String,
+        /// The new file, open for appending.
+        file: FdIndex,
+    },
+    /// Copy a container's output to more descriptors (pipes or sockets), from now on. A copy whose reader
+    /// is gone is dropped; one whose reader is slow slows that stream alone.
+    Attach {
+        /// The container, which has a log.
+        container_id: String,
+        /// Where standard output (or the terminal's output) goes too.
+        stdout: Option<FdIndex>,
+        /// Where standard error goes too.
+        stderr: Option<FdIndex>,
+    },
+    /// Turn this connection into a stream of [`Event`]s. Past facts that still hold (agent ready, exited,
+    /// logs drained) come first, so that a watcher that comes late misses none.
+    Watch,
+}
+
+/// The machine to build. Sizes and counts are checked by the VMM, whoever sends them.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// The sender's [`PROTOCOL_VERSION`](crate::PROTOCOL_VERSION).
+    pub version: u32,
+    /// A name for thread names and messages: the pod sandbox's ID.
+    pub id: String,
+    /// Virtual CPUs, 1 to 32.
+    pub vcpus: u8,
+    /// Guest memory in MiB, 64 to 1048576.
+    pub memory_mib: u32,
+    /// `/dev/kvm`.
+    pub kvm: FdIndex,
+    /// The guest kernel: a 64-bit ELF `vmlinux` or a `bzImage`.
+    pub kernel: FdIndex,
+    /// The initramfs.
+    pub initramfs: Option<FdIndex>,
+    /// The kernel command line. The VMM adds only what its own devices need.
+    pub cmdline: String,
+    /// Where the serial console's bytes go, open for appending. At most `console_limit` bytes are written.
+    pub console: FdIndex,
+    /// The most bytes of console output that are kept.
+    pub console_limit: u64,
+    /// A listening unix stream socket for later control connections.
+    pub control_listener: Option<FdIndex>,
+    /// A regular file, open for writing, that gets the [`ExitReason`] as JSON when the machine ends.
+    pub exit_file: Option<FdIndex>,
+    /// Block devices, in the order in which the guest sees them.
+    pub disks: Vec<DiskConfig>,
+    /// Network devices.
+    pub nets: Vec<NetConfig>,
+    /// The virtio-fs share.
+    pub share: Option<ShareConfig>,
+    /// The vsock device.
+    pub vsock: Option<VsockConfig>,
+    /// The unprivileged identity that the process takes once everything is in hand.
+    pub jail: Option<JailConfig>,
+}
+
+/// A virtio block device (virtio 1.2 §5.2) on a raw image. The format is never guessed.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// What `VIRTIO_BLK_T_GET_ID` answers; 1 to 20 ASCII bytes.
+    pub serial: String,
+    /// A regular file or block device; its size in whole 512-byte sectors is the disk's.
+    pub file: FdIndex,
+    /// Refuse writes, by feature bit and in the device.
+    pub read_only: bool,
+}
+
+/// A virtio network device (virtio 1.2 §5.1) on a tap.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// The tap's descriptor, attached, with `IFF_NO_PI | IFF_VNET_HDR`.
+    pub tap: FdIndex,
+    /// The guest's MAC address, "aa:bb:cc:dd:ee:ff".
+    pub mac: String,
+    /// The MTU that the guest is told (`VIRTIO_NET_F_MTU`), 68 to 65535.
+    pub mtu: u16,
+}
+
+/// A virtio-fs device (virtio 1.2 §5.11).
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShareConfig {
+    /// The tag by which the guest mounts it; 1 to 36 bytes.
+    pub tag: String,
+    /// The directory that is the share's root. The process pivots into it: it sees nothing else.
+    /// Mounts that the daemon makes below it later appear by propagation.
+    pub root: FdIndex,
+}
+
+/// A virtio vsock device (virtio 1.2 §5.10).
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// The guest's context ID, 3 or more.
+    pub cid: u32,
+    /// A listening unix stream socket. A client that connects sends `CONNECT <port>\n` and gets
+    /// `OK <host port>\n`, as with Firecracker, then talks to that port of the guest.
+    pub listener: Option<FdIndex>,
+}
+
+/// The identity the process gives itself after it holds everything it needs.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JailConfig {
+    /// The host user ID to run as; not 0.
+    pub uid: u32,
+    /// The host group ID to run as; not 0.
+    pub gid: u32,
+}
+
+/// A container's log.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LogConfig {
+    /// The container, already created in the agent.
+    pub container_id: String,
+    /// One terminal stream instead of standard output and standard error.
+    pub terminal: bool,
+    /// The log file, open for appending; without one the output is read and only goes to attached clients.
+    pub file: Option<FdIndex>,
+    /// Attach these before the first byte is read, as [`Request::Attach`] does.
+    pub stdout: Option<FdIndex>,
+    /// As `stdout`, for standard error.
+    pub stderr: Option<FdIndex>,
+}
+
+/// The answer to a [`Request`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reply {
+    /// Done.
+    Done,
+    /// The answer to [`Request::Status`].
+    Status(VmStatus),
+    /// Not done, and why, in one sentence.
+    Error {
+        /// The sentence.
+        message: String,
+    },
+}
+
+/// How a VMM does.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VmStatus {
+    /// The VMM's [`PROTOCOL_VERSION`](crate::PROTOCOL_VERSION).
+    pub version: u32,
+    /// The VMM's build version.
+    pub build: String,
+    /// Its process ID in its own PID namespace.
+    pub pid: u32,
+    /// What the machine is doing.
+    pub state: VmState,
+    /// Whether the agent has said that it listens.
+    pub agent_ready: bool,
+    /// Spans of the start, microseconds since the process began.
+    pub timings: Vec<Span>,
+}
+
+/// A step of the start and when it was.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Span {
+    /// The step's name.
+    pub step: String,
+    /// Microseconds since the process began.
+    pub start_us: u64,
+    /// Its length in microseconds.
+    pub duration_us: u64,
+}
+
+/// What a machine is doing.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VmState {
+    /// No [`Request::Boot`] yet.
+    New,
+    /// The vCPUs run.
+    Running,
+    /// Paused.
+    Paused,
+    /// Ended; the process is about to.
+    Exited,
+}
+
+/// Why a machine ended.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "reason", content = "detail")]
+pub enum ExitReason {
+    /// The guest powered itself off.
+    PoweredOff,
+    /// The guest asked for a reset, which ends a pod's machine.
+    Reset,
+    /// The guest kernel panicked (pvpanic).
+    Panicked,
+    /// [`Request::Kill`] or a termination signal.
+    Killed,
+    /// The guest broke a device's rules so that the machine could not go on; which and how.
+    GuestError(String),
+    /// The VMM itself failed; how.
+    InternalError(String),
+}
+
+/// What a watcher hears.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Event {
+    /// The agent listens: the guest connected to host vsock port [`READY_PORT`].
+    AgentReady,
+    /// All output of this container is in its log, to the last byte.
+    LogDrained {
+        /// The container.
+        container_id: String,
+    },
+    /// A container's log could not be written; output of that container is held back until
+    /// [`Request::ReopenLog`] or removal.
+    LogFailed {
+        /// The container.
+        container_id: String,
+        /// What failed, in one sentence.
+        message: String,
+    },
+    /// The machine ended. The last event.
+    Exited(ExitReason),
+}
+
+/// Guest port on which the agent serves gRPC.
+pub const AGENT_PORT: u32 = 1024;
+/// Guest port on which the agent serves raw standard streams; see `agent.proto` for its header line.
+pub const STREAM_PORT: u32 = 1025;
+/// Host port (CID 2) to which the agent connects once, to say that it listens. The connection is refused;
+/// its arrival is the message. No other connection from the guest is accepted.
+pub const READY_PORT: u32 = 1026;
