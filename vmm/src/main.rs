@@ -1,1 +1,3 @@
+//! The `caisson-vmm` binary.
+
 fn main() {}

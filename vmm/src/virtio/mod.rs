@@ -1,0 +1,143 @@
+//! Virtio devices (virtio 1.2), one folder each, and what they share.
+//!
+//! A device knows nothing of its transport: it states its type, features, configuration space and queue
+//! sizes ([`VirtioDevice`]), and when the driver is ready it gets memory, interrupt and queues in one
+//! argument ([`Activation`]). From then on its own [`worker::Worker`] thread serves it.
+//!
+//! Everything read from guest memory is hostile. A device that finds a ring it cannot go on with returns
+//! [`DeviceError`]; the machine then ends with that as its reason. It never panics.
+
+pub mod worker;
+
+use std::io;
+use std::sync::Arc;
+
+use virtio_queue::Queue;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+/// The guest's memory, as every device holds it.
+pub type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
+
+/// Interrupts of one device, whatever the transport.
+pub trait Interrupt: Send + Sync {
+    /// Tell the driver that the queue of this index has used buffers (virtio 1.2 §2.7.7).
+    ///
+    /// # Errors
+    /// What the kernel says of the eventfd or ioctl.
+    fn queue(&self, index: u16) -> io::Result<()>;
+
+    /// Tell the driver that the configuration space has changed (virtio 1.2 §2.5).
+    ///
+    /// # Errors
+    /// What the kernel says of the eventfd or ioctl.
+    fn config(&self) -> io::Result<()>;
+}
+
+/// A queue that the driver has set up, and the event by which it says that buffers are available.
+pub struct ActiveQueue {
+    /// The queue's index in the device.
+    pub index: u16,
+    /// Its rings, validated against guest memory at activation.
+    pub queue: Queue,
+    /// Signalled by the driver's notification (an ioeventfd).
+    pub notify: EventFd,
+}
+
+/// What a device gets when its driver is ready (`DRIVER_OK`, virtio 1.2 §3.1.1).
+pub struct Activation {
+    /// The guest's memory.
+    pub memory: Memory,
+    /// The device's interrupts.
+    pub interrupt: Arc<dyn Interrupt>,
+    /// The device's queues, one for each of [`VirtioDevice::queue_sizes`], in order.
+    pub queues: Vec<ActiveQueue>,
+    /// The features both sides agreed on.
+    pub features: u64,
+    /// Where the worker reports that it cannot go on.
+    pub failure: FailureSink,
+}
+
+/// Where a device's worker reports the error that ended it. The machine ends with it.
+pub type FailureSink = Arc<dyn Fn(DeviceError) + Send + Sync>;
+
+/// Why a device cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// The guest's driver broke the rules of its ring or protocol.
+    #[error("the guest's {device} driver broke the device's rules: {what}")]
+    Guest {
+        /// The device, such as "virtio-blk".
+        device: &'static str,
+        /// What was wrong.
+        what: String,
+    },
+    /// A system call of the host failed where that cannot be told to the guest.
+    #[error("{device} failed on the host: {source}")]
+    Host {
+        /// The device.
+        device: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// A device behind any transport.
+pub trait VirtioDevice: Send {
+    /// The device's name in messages and thread names, such as "virtio-blk".
+    fn name(&self) -> &'static str;
+
+    /// The device ID (virtio 1.2 §5).
+    fn device_type(&self) -> u32;
+
+    /// The largest size of each queue; their number is the number of queues.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// The features that the device offers, `VIRTIO_F_VERSION_1` among them.
+    fn features(&self) -> u64;
+
+    /// Reads the device's configuration space. Bytes beyond its end read as zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes the device's configuration space. What cannot be written is ignored, as the driver is told by the specification.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    /// Starts to serve the queues on the device's worker.
+    ///
+    /// # Errors
+    /// [`DeviceError`] where the worker cannot be started; the transport sets `DEVICE_NEEDS_RESET`.
+    fn activate(&mut self, activation: Activation) -> Result<(), DeviceError>;
+
+    /// Stops serving and takes the resources back, so that the device can be activated again.
+    fn reset(&mut self);
+
+    /// Parks the worker between two requests; a no-op before activation.
+    fn pause(&mut self);
+
+    /// Lets a parked worker go on.
+    fn resume(&mut self);
+}
+
+/// Copies the part of a configuration space that `offset` and `data` name; beyond its end there are zeros.
+pub fn read_config_space(space: &[u8], offset: u64, data: &mut [u8]) {
+    data.fill(0);
+    let Some(rest) = usize::try_from(offset).ok().and_then(|o| space.get(o..)) else {
+        return;
+    };
+    let n = rest.len().min(data.len());
+    data[..n].copy_from_slice(&rest[..n]);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::read_config_space;
+
+    #[test]
+    fn config_space_ends_in_zeros() {
+        let mut data = [9; 4];
+        read_config_space(&[1, 2, 3], 1, &mut data);
+        assert_eq!(data, [2, 3, 0, 0]);
+        read_config_space(&[1, 2, 3], u64::MAX, &mut data);
+        assert_eq!(data, [0; 4]);
+    }
+}

@@ -1,0 +1,295 @@
+//! The thread that serves one activated device: an epoll loop that can be parked and stopped.
+
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{Builder, JoinHandle};
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::{DeviceError, FailureSink};
+
+/// Events taken from the kernel at a time.
+const BATCH: usize = 32;
+/// The token of the worker's own wake-up event; handlers use smaller ones.
+const WAKE: u64 = u64::MAX;
+
+/// The descriptors that a worker waits for.
+pub struct Poll(Epoll);
+
+impl Poll {
+    /// Wait for `events` on `fd`; [`Handler::handle`] is told `token`.
+    ///
+    /// # Errors
+    /// What `epoll_ctl` says.
+    pub fn add(&self, fd: RawFd, token: u64, events: EventSet) -> io::Result<()> {
+        self.0
+            .ctl(ControlOperation::Add, fd, EpollEvent::new(events, token))
+    }
+
+    /// Change what is waited for on a descriptor that was added.
+    ///
+    /// # Errors
+    /// What `epoll_ctl` says.
+    pub fn modify(&self, fd: RawFd, token: u64, events: EventSet) -> io::Result<()> {
+        self.0
+            .ctl(ControlOperation::Modify, fd, EpollEvent::new(events, token))
+    }
+
+    /// Wait for this descriptor no longer.
+    ///
+    /// # Errors
+    /// What `epoll_ctl` says.
+    pub fn remove(&self, fd: RawFd) -> io::Result<()> {
+        self.0
+            .ctl(ControlOperation::Delete, fd, EpollEvent::default())
+    }
+}
+
+/// What a device does on its worker.
+pub trait Handler: Send + 'static {
+    /// Registers the descriptors to wait for, and does what is due at once. Called on the worker's thread.
+    ///
+    /// # Errors
+    /// [`DeviceError`] ends the machine.
+    fn start(&mut self, poll: &Poll) -> Result<(), DeviceError>;
+
+    /// Serves one ready descriptor.
+    ///
+    /// # Errors
+    /// [`DeviceError`] ends the machine.
+    fn handle(&mut self, token: u64, ready: EventSet, poll: &Poll) -> Result<(), DeviceError>;
+}
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Order {
+    Run,
+    Park,
+    Stop,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+    wake: EventFd,
+}
+
+struct State {
+    order: Order,
+    parked: bool,
+    ended: bool,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // The state is two flags, valid at any time: a panic elsewhere cannot have torn it.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn order(&self, order: Order) {
+        self.lock().order = order;
+        self.changed.notify_all();
+        // A full counter is a wake-up that is still to be seen.
+        let _ = self.wake.write(1);
+    }
+}
+
+/// A running worker. Dropping it stops it.
+pub struct Worker<H> {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<H>>,
+}
+
+impl<H: Handler> Worker<H> {
+    /// Starts a thread that serves the handler until [`Worker::stop`] or an error, which goes to `failure`.
+    ///
+    /// # Errors
+    /// What the system says when it cannot make the thread or its descriptors.
+    pub fn spawn(name: &str, mut handler: H, failure: FailureSink) -> io::Result<Self> {
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State {
+                order: Order::Run,
+                parked: false,
+                ended: false,
+            }),
+            changed: Condvar::new(),
+            wake: EventFd::new(EFD_NONBLOCK)?,
+        });
+        let epoll = Epoll::new()?;
+        epoll.ctl(
+            ControlOperation::Add,
+            std::os::fd::AsRawFd::as_raw_fd(&shared.wake),
+            EpollEvent::new(EventSet::IN, WAKE),
+        )?;
+        let poll = Poll(epoll);
+        let ours = Arc::clone(&shared);
+        let thread = Builder::new().name(name.to_owned()).spawn(move || {
+            if let Err(error) = run(&mut handler, &poll, &ours) {
+                failure(error);
+            }
+            ours.lock().ended = true;
+            ours.changed.notify_all();
+            handler
+        })?;
+        Ok(Self {
+            shared,
+            thread: Some(thread),
+        })
+    }
+
+    /// Parks the worker and returns when it is between two events.
+    pub fn pause(&self) {
+        self.shared.order(Order::Park);
+        let mut state = self.shared.lock();
+        while !state.parked && !state.ended {
+            state = self
+                .shared
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Lets a parked worker go on.
+    pub fn resume(&self) {
+        self.shared.order(Order::Run);
+    }
+
+    /// Stops the worker and returns its handler; `None` if its thread panicked.
+    pub fn stop(mut self) -> Option<H> {
+        self.shared.order(Order::Stop);
+        self.thread.take().and_then(|thread| thread.join().ok())
+    }
+}
+
+impl<H> Drop for Worker<H> {
+    fn drop(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            self.shared.order(Order::Stop);
+            let _ = thread.join();
+        }
+    }
+}
+
+fn run<H: Handler>(handler: &mut H, poll: &Poll, shared: &Shared) -> Result<(), DeviceError> {
+    handler.start(poll)?;
+    let mut events = [EpollEvent::default(); BATCH];
+    loop {
+        if !wait_for_order(shared) {
+            return Ok(());
+        }
+        let ready = match poll.0.wait(-1, &mut events) {
+            Ok(n) => n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Err(source) => {
+                return Err(DeviceError::Host {
+                    device: "a device's event loop",
+                    source,
+                });
+            }
+        };
+        for event in &events[..ready] {
+            if event.data() == WAKE {
+                let _ = shared.wake.read();
+            } else {
+                handler.handle(event.data(), event.event_set(), poll)?;
+            }
+        }
+    }
+}
+
+/// Waits while the order is to park. False when it is to stop.
+fn wait_for_order(shared: &Shared) -> bool {
+    let mut state = shared.lock();
+    loop {
+        match state.order {
+            Order::Run => {
+                state.parked = false;
+                return true;
+            }
+            Order::Stop => return false,
+            Order::Park => {
+                state.parked = true;
+                shared.changed.notify_all();
+                state = shared
+                    .changed
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsRawFd;
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    struct Counter {
+        event: EventFd,
+        seen: mpsc::Sender<u64>,
+    }
+
+    impl Handler for Counter {
+        fn start(&mut self, poll: &Poll) -> Result<(), DeviceError> {
+            poll.add(self.event.as_raw_fd(), 1, EventSet::IN).unwrap();
+            Ok(())
+        }
+
+        fn handle(&mut self, token: u64, _: EventSet, _: &Poll) -> Result<(), DeviceError> {
+            let n = self.event.read().unwrap();
+            self.seen.send(token * 100 + n).unwrap();
+            if n == 13 {
+                return Err(DeviceError::Guest {
+                    device: "test",
+                    what: "thirteen".into(),
+                });
+            }
+            Ok(())
+        }
+    }
+
+    fn worker() -> (
+        Worker<Counter>,
+        EventFd,
+        mpsc::Receiver<u64>,
+        mpsc::Receiver<String>,
+    ) {
+        let event = EventFd::new(EFD_NONBLOCK).unwrap();
+        let (seen, got) = mpsc::channel();
+        let (failed, failures) = mpsc::channel();
+        let handler = Counter {
+            event: event.try_clone().unwrap(),
+            seen,
+        };
+        let sink: FailureSink = Arc::new(move |e| failed.send(e.to_string()).unwrap());
+        let worker = Worker::spawn("test", handler, sink).unwrap();
+        (worker, event, got, failures)
+    }
+
+    #[test]
+    fn a_parked_worker_serves_nothing_until_it_goes_on() {
+        let (worker, event, got, _failures) = worker();
+        event.write(1).unwrap();
+        assert_eq!(got.recv_timeout(Duration::from_secs(5)), Ok(101));
+        worker.pause();
+        event.write(2).unwrap();
+        assert!(got.recv_timeout(Duration::from_millis(50)).is_err());
+        worker.resume();
+        assert_eq!(got.recv_timeout(Duration::from_secs(5)), Ok(102));
+        assert!(worker.stop().is_some());
+    }
+
+    #[test]
+    fn an_error_reaches_the_sink_and_a_pause_after_it_returns() {
+        let (worker, event, got, failures) = worker();
+        event.write(13).unwrap();
+        assert_eq!(got.recv_timeout(Duration::from_secs(5)), Ok(113));
+        let message = failures.recv_timeout(Duration::from_secs(5)).unwrap();
+        assert!(message.contains("thirteen"), "{message}");
+        worker.pause();
+    }
+}
