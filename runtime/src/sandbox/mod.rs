@@ -1,0 +1,187 @@
+//! A pod's sandbox, of whatever kind: the place in which an agent makes its containers.
+//!
+//! The CRI code knows only the [`Sandbox`] trait. [`microvm`] is the kind that exists; the `host` kind speaks the
+//! same agent protocol over a unix socket.
+
+pub mod microvm;
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use caisson_proto::agent::agent_client::AgentClient;
+use caisson_vmm_protocol::ExitReason;
+use tokio::sync::watch;
+use tonic::transport::Channel;
+
+use crate::network::PodNetwork;
+use crate::timings::Timings;
+
+/// What a sandbox is made from.
+#[derive(Clone, Debug)]
+pub struct SandboxPlan {
+    /// The pod sandbox's ID: 64 hexadecimal digits.
+    pub id: String,
+    /// The pod's hostname.
+    pub hostname: String,
+    /// Name servers, search domains and resolver options of the pod.
+    pub dns: Dns,
+    /// Virtual CPUs, 1 to 32.
+    pub vcpus: u8,
+    /// Guest memory in MiB, the guest's own overhead included.
+    pub memory_mib: u32,
+    /// The cgroup in which the kubelet accounts for the pod; empty: the daemon's default.
+    pub cgroup_parent: String,
+    /// The pod's network; `None` leaves it with a loopback device.
+    pub network: Option<PodNetwork>,
+    /// Whether containers share one PID namespace.
+    pub shared_pid_namespace: bool,
+    /// Sysctls of the pod, by dotted name.
+    pub sysctls: Vec<(String, String)>,
+    /// The most bytes that all writable layers of the pod may hold on the host's disk.
+    pub scratch_bytes: u64,
+}
+
+/// A pod's resolver configuration (CRI `DNSConfig`).
+#[derive(Clone, Debug, Default)]
+pub struct Dns {
+    /// IP addresses of name servers.
+    pub servers: Vec<String>,
+    /// Search domains.
+    pub searches: Vec<String>,
+    /// resolv.conf options.
+    pub options: Vec<String>,
+}
+
+/// A raw standard stream of a process in the sandbox.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum StreamKind {
+    /// Standard input; half-close ends it.
+    Stdin,
+    /// Standard output.
+    Stdout,
+    /// Standard error.
+    Stderr,
+    /// The terminal, both ways.
+    Tty,
+}
+
+/// A container's log as the pod process writes it.
+#[derive(Debug)]
+pub struct Log {
+    /// The container, already created in the agent.
+    pub container_id: String,
+    /// Whether the container has a terminal instead of two streams.
+    pub terminal: bool,
+    /// The CRI log file, open for appending; `None`: no log.
+    pub file: Option<OwnedFd>,
+    /// Gets a copy of standard output from the first byte on.
+    pub stdout: Option<OwnedFd>,
+    /// Gets a copy of standard error from the first byte on.
+    pub stderr: Option<OwnedFd>,
+}
+
+/// Why a sandbox could not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum SandboxError {
+    /// The sandbox could not be made; the step and the cause.
+    #[error("cannot {step} for pod {id}: {cause}")]
+    Start {
+        /// The pod's ID.
+        id: String,
+        /// What was tried, such as "start caisson-vmm".
+        step: &'static str,
+        /// Why it did not work.
+        cause: String,
+    },
+    /// The sandbox has ended.
+    #[error("the sandbox of pod {id} has ended: {reason}")]
+    Ended {
+        /// The pod's ID.
+        id: String,
+        /// Why.
+        reason: String,
+    },
+    /// The pod process refused or did not answer.
+    #[error("the pod process of {id} did not {what}: {cause}")]
+    Control {
+        /// The pod's ID.
+        id: String,
+        /// What was asked.
+        what: &'static str,
+        /// Why it did not work.
+        cause: String,
+    },
+    /// A file or directory of the host cannot be given to the pod.
+    #[error("cannot share {path} with pod {id}: {cause}")]
+    Share {
+        /// The pod's ID.
+        id: String,
+        /// The path on the host.
+        path: PathBuf,
+        /// Why.
+        cause: String,
+    },
+}
+
+/// A pod's sandbox. Every call is bounded in time; none holds a lock over I/O to the guest.
+#[tonic::async_trait]
+pub trait Sandbox: Send + Sync {
+    /// A client of the agent inside. Cheap to call; the connection is shared and made again when it breaks.
+    fn agent(&self) -> AgentClient<Channel>;
+
+    /// `None` while the sandbox runs, then why it ended.
+    fn ended(&self) -> watch::Receiver<Option<ExitReason>>;
+
+    /// The process ID of the pod process on the host.
+    fn host_pid(&self) -> Option<u32>;
+
+    /// Opens a raw standard stream of a container's process (`exec_id` empty) or of an exec.
+    async fn stream(
+        &self,
+        container_id: &str,
+        exec_id: &str,
+        kind: StreamKind,
+    ) -> Result<tokio::net::UnixStream, SandboxError>;
+
+    /// Starts to write a container's log. Before the container is started, so that no byte is missed.
+    async fn add_log(&self, log: Log) -> Result<(), SandboxError>;
+
+    /// Goes on in another log file (CRI `ReopenContainerLog`).
+    async fn reopen_log(&self, container_id: &str, file: OwnedFd) -> Result<(), SandboxError>;
+
+    /// Copies a container's output from now on.
+    async fn attach(
+        &self,
+        container_id: &str,
+        stdout: Option<OwnedFd>,
+        stderr: Option<OwnedFd>,
+    ) -> Result<(), SandboxError>;
+
+    /// Waits until the container's output is in its log to the last byte, at most `limit`. False if it is not.
+    async fn log_drained(&self, container_id: &str, limit: std::time::Duration) -> bool;
+
+    /// Shows an image layer (an EROFS file of the host) to the guest, read-only; the path in the guest.
+    /// The same layer given twice is shared.
+    async fn share_layer(&self, container_id: &str, layer: &Path) -> Result<String, SandboxError>;
+
+    /// Shows a file or directory of the host to the guest; the path in the guest. `read_only` also holds against a
+    /// guest that ignores it.
+    async fn share_volume(
+        &self,
+        container_id: &str,
+        host_path: &Path,
+        read_only: bool,
+    ) -> Result<String, SandboxError>;
+
+    /// Takes away what was shared with this container.
+    async fn unshare(&self, container_id: &str) -> Result<(), SandboxError>;
+
+    /// Ends the sandbox: orderly within `grace`, then by force. Idempotent; always ends.
+    async fn stop(&self, grace: std::time::Duration) -> Result<(), SandboxError>;
+
+    /// Removes every trace of a stopped sandbox from the host, its network excepted. Idempotent.
+    async fn remove(&self) -> Result<(), SandboxError>;
+
+    /// The steps of the start and how long they took.
+    fn timings(&self) -> Timings;
+}
