@@ -1,1 +1,3 @@
+//! `caisson-agent`: PID 1 of a pod's guest.
+
 fn main() {}
