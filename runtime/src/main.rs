@@ -1,1 +1,3 @@
+//! The `caisson` program: the daemon and the command line.
+
 fn main() {}

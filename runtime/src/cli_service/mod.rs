@@ -1,0 +1,1 @@
+//! The CLI's own service, `caisson.cli.v1`.

@@ -1,0 +1,404 @@
+//! The daemon's configuration: one TOML file whose every key has a default.
+//!
+//! A missing file means the defaults; a key that is not known is an error that names it. The commented file that
+//! `caisson config default` prints is made from [`Config::default`] and the table in [`keys`].
+
+mod keys;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+pub use keys::default_file;
+
+/// Where the configuration is looked for.
+pub const DEFAULT_PATH: &str = "/etc/caisson/config.toml";
+
+/// The most bytes a configuration file may have.
+const MAX_FILE: u64 = 1 << 20;
+
+/// The whole configuration.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The directory of durable state: images, records, writable layers.
+    pub root: PathBuf,
+    /// The directory of run-time state: sockets, mounts. On a tmpfs, gone after a reboot.
+    pub state: PathBuf,
+    /// The unix socket on which CRI and the CLI's service are served.
+    pub socket: PathBuf,
+    /// What the daemon logs: a level, or a `tracing` filter such as "info,caisson::image=debug".
+    pub log_level: String,
+    /// The cgroup under which pods are accounted for when the client names none.
+    pub cgroup_parent: String,
+    /// Whether handlers of kind `host`, which run a pod without a VM, are allowed.
+    pub allow_host: bool,
+    /// The handler of a pod that asks for none.
+    pub default_handler: String,
+    /// Runtime handler names and the kind of sandbox each stands for.
+    pub handlers: BTreeMap<String, HandlerKind>,
+    /// How a pod's microVM is made.
+    pub microvm: MicroVmConfig,
+    /// CNI networking.
+    pub cni: CniSettings,
+    /// Images and registries.
+    pub images: ImageSettings,
+}
+
+/// The kinds of sandbox.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HandlerKind {
+    /// A microVM of the pod's own.
+    MicroVm,
+    /// Processes of the host, for pods that cannot be in a VM.
+    Host,
+}
+
+/// How a pod's microVM is made.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MicroVmConfig {
+    /// The `caisson-vmm` program; empty: searched, see [`Config::vmm_path`].
+    pub vmm: PathBuf,
+    /// The guest kernel; empty: searched, see [`Config::kernel_path`].
+    pub kernel: PathBuf,
+    /// The initramfs that holds the agent; empty: searched, see [`Config::initramfs_path`].
+    pub initramfs: PathBuf,
+    /// Virtual CPUs of a pod without a CPU limit, 1 to 32.
+    pub vcpus: u8,
+    /// Memory in MiB of a pod without a memory limit.
+    pub memory_mib: u32,
+    /// MiB added to a pod's memory limit for the guest kernel and the agent.
+    pub overhead_mib: u32,
+    /// The most GiB that all writable layers of a pod may hold on the host's disk.
+    pub scratch_gib: u32,
+    /// The host user ID of the pod process; not 0.
+    pub uid: u32,
+    /// The host group ID of the pod process; not 0.
+    pub gid: u32,
+    /// Words added to the guest's kernel command line.
+    pub kernel_cmdline_extra: String,
+}
+
+/// CNI networking.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CniSettings {
+    /// The directory of network configurations; the first file by name counts.
+    pub conf_dir: PathBuf,
+    /// The directories in which plugins are looked for, in order.
+    pub bin_dirs: Vec<PathBuf>,
+}
+
+/// Images and registries.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ImageSettings {
+    /// Registries ("host:port") that are spoken to in plain HTTP, localhost apart, which always is.
+    pub insecure_registries: Vec<String>,
+    /// Registry host names and the hosts that are asked first in their place.
+    pub mirrors: BTreeMap<String, Vec<String>>,
+    /// The most GiB that one image may have when it is unpacked.
+    pub max_unpacked_gib: u32,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            root: "/var/lib/caisson".into(),
+            state: "/run/caisson".into(),
+            socket: "/run/caisson/caisson.sock".into(),
+            log_level: "info".into(),
+            cgroup_parent: "/caisson".into(),
+            allow_host: false,
+            default_handler: "microvm".into(),
+            handlers: BTreeMap::from([("microvm".to_owned(), HandlerKind::MicroVm)]),
+            microvm: MicroVmConfig::default(),
+            cni: CniSettings::default(),
+            images: ImageSettings::default(),
+        }
+    }
+}
+
+impl Default for MicroVmConfig {
+    fn default() -> Self {
+        Self {
+            vmm: PathBuf::new(),
+            kernel: PathBuf::new(),
+            initramfs: PathBuf::new(),
+            vcpus: 2,
+            memory_mib: 512,
+            overhead_mib: 128,
+            scratch_gib: 8,
+            uid: 61000,
+            gid: 61000,
+            kernel_cmdline_extra: String::new(),
+        }
+    }
+}
+
+impl Default for CniSettings {
+    fn default() -> Self {
+        Self {
+            conf_dir: "/etc/cni/net.d".into(),
+            bin_dirs: vec!["/opt/cni/bin".into(), "/usr/lib/cni".into()],
+        }
+    }
+}
+
+impl Default for ImageSettings {
+    fn default() -> Self {
+        Self {
+            insecure_registries: Vec::new(),
+            mirrors: BTreeMap::new(),
+            max_unpacked_gib: 64,
+        }
+    }
+}
+
+/// Why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration {path}: {cause}; mend it or name another one with --config")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        cause: String,
+    },
+    /// The file is not what it should be.
+    #[error("the configuration {path} is not valid: {cause}; `caisson config default` prints every key")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, with the key's name.
+        cause: String,
+    },
+    /// A value cannot be used.
+    #[error("the configuration key {key} is not usable: {cause}")]
+    Value {
+        /// The key.
+        key: &'static str,
+        /// Why, and what would be.
+        cause: String,
+    },
+    /// A file that the daemon needs is nowhere.
+    #[error("no {what} was found (looked at {looked}); build it with scripts/build or set {key} in the configuration")]
+    Missing {
+        /// What is missing.
+        what: &'static str,
+        /// Where it was looked for.
+        looked: String,
+        /// The key that would name it.
+        key: &'static str,
+    },
+}
+
+impl Config {
+    /// Reads the file that the command line named, or the usual one.
+    ///
+    /// # Errors
+    /// A named file that is missing, an unreadable or invalid file, an unknown key, a value out of range.
+    pub fn load(named: Option<&Path>) -> Result<Self, ConfigError> {
+        let path = named.unwrap_or(Path::new(DEFAULT_PATH));
+        let read = |cause: std::io::Error| ConfigError::Read {
+            path: path.to_owned(),
+            cause: cause.to_string(),
+        };
+        match std::fs::metadata(path) {
+            Ok(meta) if meta.len() > MAX_FILE => {
+                return Err(read(std::io::Error::other("it is larger than 1 MiB")));
+            }
+            Ok(_) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && named.is_none() => {
+                return Ok(Self::default());
+            }
+            Err(error) => return Err(read(error)),
+        }
+        let text = std::fs::read_to_string(path).map_err(read)?;
+        Self::parse(&text, path)
+    }
+
+    /// Parses a configuration; `path` is for messages.
+    ///
+    /// # Errors
+    /// See [`Config::load`].
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let config: Self = toml::from_str(text).map_err(|error| ConfigError::Parse {
+            path: path.to_owned(),
+            cause: error.to_string().trim().replace('\n', " "),
+        })?;
+        config.check()?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        let value = |key, cause: &str| {
+            Err(ConfigError::Value {
+                key,
+                cause: cause.to_owned(),
+            })
+        };
+        for (key, path) in [
+            ("root", &self.root),
+            ("state", &self.state),
+            ("socket", &self.socket),
+            ("cni.conf_dir", &self.cni.conf_dir),
+        ] {
+            if !path.is_absolute() {
+                return value(key, "it must be an absolute path");
+            }
+        }
+        if !(1..=32).contains(&self.microvm.vcpus) {
+            return value("microvm.vcpus", "a microVM has 1 to 32 virtual CPUs");
+        }
+        if !(64..=1_048_576).contains(&self.microvm.memory_mib) {
+            return value("microvm.memory_mib", "a microVM has 64 to 1048576 MiB");
+        }
+        if self.microvm.overhead_mib > 65_536 {
+            return value("microvm.overhead_mib", "the overhead is at most 65536 MiB");
+        }
+        if self.microvm.scratch_gib == 0 || self.microvm.scratch_gib > 65_536 {
+            return value("microvm.scratch_gib", "writable layers get 1 to 65536 GiB");
+        }
+        if self.microvm.uid == 0 || self.microvm.gid == 0 {
+            return value("microvm.uid", "the pod process never runs as root (uid and gid are not 0)");
+        }
+        if !self.handlers.contains_key(&self.default_handler) {
+            return value("default_handler", "it must be one of the names in [handlers]");
+        }
+        Ok(())
+    }
+
+    /// What a handler name stands for; an empty name is the default handler.
+    pub fn handler(&self, name: &str) -> Option<HandlerKind> {
+        let name = if name.is_empty() {
+            &self.default_handler
+        } else {
+            name
+        };
+        self.handlers.get(name).copied()
+    }
+
+    /// The `caisson-vmm` program: as configured, or beside this executable, or in /usr/lib/caisson.
+    ///
+    /// # Errors
+    /// [`ConfigError::Missing`] with the places that were looked at.
+    pub fn vmm_path(&self) -> Result<PathBuf, ConfigError> {
+        find("pod process (caisson-vmm)", "microvm.vmm", &self.microvm.vmm, &["caisson-vmm"])
+    }
+
+    /// The guest kernel, searched as [`Config::vmm_path`] under the names vmlinux and bzImage.
+    ///
+    /// # Errors
+    /// [`ConfigError::Missing`] with the places that were looked at.
+    pub fn kernel_path(&self) -> Result<PathBuf, ConfigError> {
+        find("guest kernel", "microvm.kernel", &self.microvm.kernel, &["vmlinux", "bzImage"])
+    }
+
+    /// The guest's initramfs, searched as [`Config::vmm_path`] under the name initramfs.cpio.
+    ///
+    /// # Errors
+    /// [`ConfigError::Missing`] with the places that were looked at.
+    pub fn initramfs_path(&self) -> Result<PathBuf, ConfigError> {
+        find("initramfs", "microvm.initramfs", &self.microvm.initramfs, &["initramfs.cpio"])
+    }
+}
+
+/// Looks for a file: the configured one only, or by name beside the executable and in /usr/lib/caisson.
+fn find(
+    what: &'static str,
+    key: &'static str,
+    configured: &Path,
+    names: &[&str],
+) -> Result<PathBuf, ConfigError> {
+    let candidates: Vec<PathBuf> = if configured.as_os_str().is_empty() {
+        let beside = std::env::current_exe()
+            .ok()
+            .and_then(|exe| exe.parent().map(Path::to_owned));
+        beside
+            .into_iter()
+            .chain([PathBuf::from("/usr/lib/caisson")])
+            .flat_map(|dir| names.iter().map(move |name| dir.join(name)))
+            .collect()
+    } else {
+        vec![configured.to_owned()]
+    };
+    candidates
+        .iter()
+        .find(|path| path.is_file())
+        .cloned()
+        .ok_or_else(|| ConfigError::Missing {
+            what,
+            key,
+            looked: candidates
+                .iter()
+                .map(|path| path.display().to_string())
+                .collect::<Vec<_>>()
+                .join(", "),
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_key_is_named() {
+        let error = Config::parse("[microvm]\nvcpu = 2\n", Path::new("x.toml")).unwrap_err();
+        assert!(error.to_string().contains("vcpu"), "{error}");
+        let error = Config::parse("rooot = \"/x\"\n", Path::new("x.toml")).unwrap_err();
+        assert!(error.to_string().contains("rooot"), "{error}");
+    }
+
+    #[test]
+    fn values_out_of_range_are_refused_by_name() {
+        for (text, key) in [
+            ("[microvm]\nvcpus = 0", "microvm.vcpus"),
+            ("[microvm]\nvcpus = 33", "microvm.vcpus"),
+            ("[microvm]\nmemory_mib = 1", "microvm.memory_mib"),
+            ("[microvm]\nuid = 0", "microvm.uid"),
+            ("root = \"relative\"", "root"),
+            ("default_handler = \"gvisor\"", "default_handler"),
+        ] {
+            let error = Config::parse(text, Path::new("x.toml")).unwrap_err();
+            assert!(error.to_string().contains(key), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_missing_file_is_an_error_only_when_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("none.toml");
+        assert!(matches!(
+            Config::load(Some(&path)),
+            Err(ConfigError::Read { .. })
+        ));
+    }
+
+    #[test]
+    fn handlers_are_looked_up_by_name() {
+        let config = Config::default();
+        assert_eq!(config.handler(""), Some(HandlerKind::MicroVm));
+        assert_eq!(config.handler("microvm"), Some(HandlerKind::MicroVm));
+        assert_eq!(config.handler("runc"), None);
+        let config = Config::parse(
+            "[handlers]\nmicrovm = \"microvm\"\nhost = \"host\"",
+            Path::new("x"),
+        )
+        .unwrap();
+        assert_eq!(config.handler("host"), Some(HandlerKind::Host));
+    }
+
+    #[test]
+    fn a_missing_kernel_says_where_it_was_looked_for() {
+        let mut config = Config::default();
+        config.microvm.kernel = "/nonexistent/vmlinux".into();
+        let error = config.kernel_path().unwrap_err().to_string();
+        assert!(error.contains("/nonexistent/vmlinux"), "{error}");
+        assert!(error.contains("microvm.kernel"), "{error}");
+    }
+}

@@ -1,0 +1,1 @@
+//! What a node needs, and whether it is there.
