@@ -7,6 +7,10 @@
 //! Everything read from guest memory is hostile. A device that finds a ring it cannot go on with returns
 //! [`DeviceError`]; the machine then ends with that as its reason. It never panics.
 
+pub mod buffers;
+pub mod queue;
+#[cfg(test)]
+pub(crate) mod testing;
 pub mod worker;
 
 use std::io;
