@@ -7,10 +7,14 @@
 //! Everything read from guest memory is hostile. A device that finds a ring it cannot go on with returns
 //! [`DeviceError`]; the machine then ends with that as its reason. It never panics.
 
+pub mod blk;
 pub mod buffers;
 pub mod queue;
+pub mod rng;
+pub mod service;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod vsock;
 pub mod worker;
 
 use std::io;
