@@ -1,0 +1,325 @@
+//! The daemon's [`VmConfig`], checked, with the descriptors it names in hand.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+
+use caisson_vmm_protocol::{
+    ChannelError, DiskConfig, FdIndex, Frame, JailConfig, NetConfig, PROTOCOL_VERSION, ShareConfig,
+    VmConfig, VsockConfig,
+};
+
+use crate::arch::layout;
+
+/// The most vCPUs of a machine.
+pub const MAX_VCPUS: u8 = 32;
+/// The least and the most guest memory, in MiB.
+pub const MEMORY_MIB: std::ops::RangeInclusive<u32> = 64..=1 << 20;
+/// The smallest MTU that virtio-net may tell (virtio 1.2 §5.1.4.1).
+const MIN_MTU: u16 = 68;
+/// The longest virtio-fs tag (virtio 1.2 §5.11.4).
+const MAX_TAG: usize = 36;
+/// The longest serial of a disk (virtio 1.2 §5.2.6).
+const MAX_SERIAL: usize = 20;
+/// The longest machine name: as long as any ID that Kubernetes gives.
+const MAX_ID: usize = 253;
+/// Context IDs below this one are reserved (virtio 1.2 §5.10.4).
+const FIRST_GUEST_CID: u32 = 3;
+
+/// What is wrong with a configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The daemon speaks another version of the protocol.
+    #[error(
+        "the daemon speaks control protocol {0}, this VMM speaks {PROTOCOL_VERSION}; install both from one release"
+    )]
+    Version(u32),
+    /// A value is out of its range.
+    #[error("{field} is {value}, which is not {allowed}")]
+    Value {
+        /// The field.
+        field: &'static str,
+        /// What it was.
+        value: String,
+        /// What it may be.
+        allowed: &'static str,
+    },
+    /// There are more devices than windows for them.
+    #[error("{0} devices are more than the {max} that a machine has room for", max = layout::VIRTIO_MMIO_COUNT)]
+    TooManyDevices(usize),
+    /// A descriptor is missing.
+    #[error(transparent)]
+    Descriptor(#[from] ChannelError),
+}
+
+/// A block device.
+pub struct Disk {
+    /// The serial, 1 to 20 printable ASCII bytes.
+    pub serial: String,
+    /// The image.
+    pub file: File,
+    /// Whether the guest may not write.
+    pub read_only: bool,
+}
+
+/// A network device.
+pub struct Net {
+    /// The tap.
+    pub tap: OwnedFd,
+    /// The guest's MAC address: unicast, not zero.
+    pub mac: [u8; 6],
+    /// The MTU that the guest is told.
+    pub mtu: u16,
+}
+
+/// A virtio-fs share.
+pub struct Share {
+    /// The tag, 1 to 36 bytes without zero.
+    pub tag: String,
+    /// The root directory.
+    pub root: OwnedFd,
+}
+
+/// A vsock device.
+pub struct Vsock {
+    /// The guest's context ID.
+    pub cid: u32,
+    /// Where host clients connect.
+    pub listener: Option<UnixListener>,
+}
+
+/// A machine to build. Every value is within its limits.
+pub struct MachineConfig {
+    /// The machine's name.
+    pub id: String,
+    /// Virtual CPUs.
+    pub vcpus: u8,
+    /// Guest memory in bytes.
+    pub memory: u64,
+    /// `/dev/kvm`.
+    pub kvm: OwnedFd,
+    /// The kernel.
+    pub kernel: File,
+    /// The initramfs.
+    pub initramfs: Option<File>,
+    /// The kernel command line.
+    pub cmdline: String,
+    /// Where console output goes.
+    pub console: File,
+    /// The most bytes of console output.
+    pub console_limit: u64,
+    /// Where later control clients connect.
+    pub control_listener: Option<UnixListener>,
+    /// What gets the exit reason.
+    pub exit_file: Option<File>,
+    /// Block devices.
+    pub disks: Vec<Disk>,
+    /// Network devices.
+    pub nets: Vec<Net>,
+    /// The share.
+    pub share: Option<Share>,
+    /// The vsock device.
+    pub vsock: Option<Vsock>,
+    /// Whom to become.
+    pub jail: Option<JailConfig>,
+}
+
+impl MachineConfig {
+    /// Checks a configuration and takes the descriptors that came with it.
+    ///
+    /// # Errors
+    /// [`ConfigError`] names the first field that is wrong.
+    pub fn new<T>(config: VmConfig, frame: &mut Frame<T>) -> Result<Self, ConfigError> {
+        check(config.version == PROTOCOL_VERSION, || {
+            ConfigError::Version(config.version)
+        })?;
+        let id_ok = !config.id.is_empty()
+            && config.id.len() <= MAX_ID
+            && config.id.bytes().all(|b| b.is_ascii_graphic());
+        range("id", &config.id, id_ok, "1 to 253 printable characters")?;
+        range(
+            "vcpus",
+            config.vcpus,
+            (1..=MAX_VCPUS).contains(&config.vcpus),
+            "1 to 32",
+        )?;
+        let memory_ok = MEMORY_MIB.contains(&config.memory_mib);
+        range("memory_mib", config.memory_mib, memory_ok, "64 to 1048576")?;
+        let count = config.disks.len()
+            + config.nets.len()
+            + usize::from(config.share.is_some())
+            + usize::from(config.vsock.is_some())
+            + 1;
+        check(count <= layout::VIRTIO_MMIO_COUNT, || {
+            ConfigError::TooManyDevices(count)
+        })?;
+        if let Some(jail) = &config.jail {
+            range(
+                "jail.uid",
+                jail.uid,
+                is_user(jail.uid),
+                "an unprivileged user ID",
+            )?;
+            range(
+                "jail.gid",
+                jail.gid,
+                is_user(jail.gid),
+                "an unprivileged group ID",
+            )?;
+        }
+        let mut fds = Fds(frame);
+        Ok(Self {
+            vcpus: config.vcpus,
+            memory: u64::from(config.memory_mib) << 20,
+            kvm: fds.take(config.kvm)?,
+            kernel: fds.take(config.kernel)?.into(),
+            initramfs: fds.optional(config.initramfs)?.map(File::from),
+            cmdline: config.cmdline,
+            console: fds.take(config.console)?.into(),
+            console_limit: config.console_limit,
+            control_listener: fds
+                .optional(config.control_listener)?
+                .map(UnixListener::from),
+            exit_file: fds.optional(config.exit_file)?.map(File::from),
+            disks: config
+                .disks
+                .into_iter()
+                .map(|disk| fds.disk(disk))
+                .collect::<Result<_, _>>()?,
+            nets: config
+                .nets
+                .into_iter()
+                .map(|net| fds.net(net))
+                .collect::<Result<_, _>>()?,
+            share: config.share.map(|share| fds.share(share)).transpose()?,
+            vsock: config.vsock.map(|vsock| fds.vsock(vsock)).transpose()?,
+            jail: config.jail,
+            id: config.id,
+        })
+    }
+}
+
+struct Fds<'a, T>(&'a mut Frame<T>);
+
+impl<T> Fds<'_, T> {
+    fn take(&mut self, index: FdIndex) -> Result<OwnedFd, ConfigError> {
+        Ok(self.0.take_fd(index)?)
+    }
+
+    fn optional(&mut self, index: Option<FdIndex>) -> Result<Option<OwnedFd>, ConfigError> {
+        index.map(|index| self.take(index)).transpose()
+    }
+
+    fn disk(&mut self, disk: DiskConfig) -> Result<Disk, ConfigError> {
+        let ok = (1..=MAX_SERIAL).contains(&disk.serial.len())
+            && disk.serial.bytes().all(|b| b.is_ascii_graphic());
+        range(
+            "disks.serial",
+            &disk.serial,
+            ok,
+            "1 to 20 printable ASCII characters",
+        )?;
+        Ok(Disk {
+            file: self.take(disk.file)?.into(),
+            serial: disk.serial,
+            read_only: disk.read_only,
+        })
+    }
+
+    fn net(&mut self, net: NetConfig) -> Result<Net, ConfigError> {
+        range("nets.mtu", net.mtu, net.mtu >= MIN_MTU, "68 to 65535")?;
+        let mac = parse_mac(&net.mac).ok_or_else(|| ConfigError::Value {
+            field: "nets.mac",
+            value: net.mac.clone(),
+            allowed: "a unicast MAC address such as 02:00:00:00:00:01",
+        })?;
+        Ok(Net {
+            tap: self.take(net.tap)?,
+            mac,
+            mtu: net.mtu,
+        })
+    }
+
+    fn share(&mut self, share: ShareConfig) -> Result<Share, ConfigError> {
+        let ok = (1..=MAX_TAG).contains(&share.tag.len()) && !share.tag.contains('\0');
+        range("share.tag", &share.tag, ok, "1 to 36 bytes")?;
+        Ok(Share {
+            root: self.take(share.root)?,
+            tag: share.tag,
+        })
+    }
+
+    fn vsock(&mut self, vsock: VsockConfig) -> Result<Vsock, ConfigError> {
+        let ok = (FIRST_GUEST_CID..u32::MAX).contains(&vsock.cid);
+        range("vsock.cid", vsock.cid, ok, "3 to 4294967294")?;
+        Ok(Vsock {
+            cid: vsock.cid,
+            listener: self.optional(vsock.listener)?.map(UnixListener::from),
+        })
+    }
+}
+
+fn check(ok: bool, error: impl FnOnce() -> ConfigError) -> Result<(), ConfigError> {
+    if ok { Ok(()) } else { Err(error()) }
+}
+
+fn range(
+    field: &'static str,
+    value: impl ToString,
+    ok: bool,
+    allowed: &'static str,
+) -> Result<(), ConfigError> {
+    check(ok, || ConfigError::Value {
+        field,
+        value: value.to_string(),
+        allowed,
+    })
+}
+
+/// -1 means "leave as it is" to the system calls that change the identity.
+fn is_user(id: u32) -> bool {
+    id != 0 && id != u32::MAX
+}
+
+fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let mut mac = [0; 6];
+    let mut parts = text.split(':');
+    for byte in &mut mac {
+        let part = parts.next().filter(|part| part.len() == 2)?;
+        *byte = u8::from_str_radix(part, 16).ok()?;
+    }
+    let multicast = mac[0] & 1 != 0;
+    (parts.next().is_none() && !multicast && mac != [0; 6]).then_some(mac)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mac_addresses() {
+        assert_eq!(
+            parse_mac("02:00:00:ab:CD:01"),
+            Some([2, 0, 0, 0xab, 0xcd, 1])
+        );
+        for bad in [
+            "",
+            "02:00:00:00:00",
+            "02:00:00:00:00:01:02",
+            "2:0:0:0:0:1",
+            "+2:00:00:00:00:01",
+            "01:00:00:00:00:01",
+            "00:00:00:00:00:00",
+            "zz:00:00:00:00:01",
+        ] {
+            assert_eq!(parse_mac(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn ids_that_mean_something_else_are_no_users() {
+        assert!(is_user(100_000));
+        assert!(!is_user(0));
+        assert!(!is_user(u32::MAX));
+    }
+}

@@ -1,0 +1,241 @@
+//! The control socket: requests in, replies and events out.
+//!
+//! Before the boot the process has one thread and listens only to the daemon that started it
+//! ([`await_boot`]). Afterwards each connection has a thread of its own ([`Control`]), so that a client
+//! that hangs or sends garbage hurts nobody else; and the machine goes on when all of them are gone.
+
+mod events;
+
+pub use events::Events;
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::Builder;
+use std::time::Duration;
+
+use caisson_vmm_protocol::{
+    Channel, ChannelError, Event, ExitReason, Frame, PROTOCOL_VERSION, Reply, Request, Span,
+    VmState, VmStatus,
+};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::vm::Machine;
+
+/// The most connections at a time.
+const MAX_CONNECTIONS: usize = 16;
+/// How long a client may take to send the rest of a frame, or to take one.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Serves the daemon until it asks for the boot. `None` if it went away before.
+///
+/// # Errors
+/// [`ChannelError`] if what came is no request.
+pub fn await_boot(channel: &mut Channel) -> Result<Option<Frame<Request>>, ChannelError> {
+    set_patience(channel.stream())?;
+    loop {
+        let mut frame = match next_request(channel) {
+            Err(ChannelError::Closed) => return Ok(None),
+            other => other?,
+        };
+        let reply = match &mut frame.message {
+            Request::Boot(_) => return Ok(Some(frame)),
+            Request::Status { .. } => Reply::Status(status(VmState::New, false, &[])),
+            Request::Kill => return Ok(None),
+            _ => error("the machine has not been booted; send boot first"),
+        };
+        channel.send(&reply, &[])?;
+    }
+}
+
+/// What the connections work on.
+pub struct Control {
+    machine: Arc<Machine>,
+    events: Arc<Events>,
+    timings: Vec<Span>,
+    connections: AtomicUsize,
+    /// Watchers that have not been told everything yet.
+    watchers: AtomicUsize,
+}
+
+impl Control {
+    /// Takes control of a running machine.
+    pub fn new(machine: Arc<Machine>, events: Arc<Events>, timings: Vec<Span>) -> Arc<Self> {
+        Arc::new(Self {
+            machine,
+            events,
+            timings,
+            connections: AtomicUsize::new(0),
+            watchers: AtomicUsize::new(0),
+        })
+    }
+
+    /// Serves a connection on a thread of its own.
+    ///
+    /// # Errors
+    /// What the system says when it cannot make the thread.
+    pub fn serve(self: &Arc<Self>, mut channel: Channel) -> io::Result<()> {
+        set_patience(channel.stream())?;
+        if self.connections.fetch_add(1, Ordering::SeqCst) >= MAX_CONNECTIONS {
+            self.connections.fetch_sub(1, Ordering::SeqCst);
+            let _ = channel.send(
+                &error("too many control connections; close one of the others"),
+                &[],
+            );
+            return Ok(());
+        }
+        let control = Arc::clone(self);
+        let spawned = Builder::new().name("control".into()).spawn(move || {
+            // The end of a connection, whatever its cause, concerns nobody else.
+            let _ = control.converse(&mut channel);
+            control.connections.fetch_sub(1, Ordering::SeqCst);
+        });
+        if spawned.is_err() {
+            self.connections.fetch_sub(1, Ordering::SeqCst);
+        }
+        spawned.map(drop)
+    }
+
+    /// Accepts connections until the process ends, on a thread of its own.
+    ///
+    /// # Errors
+    /// What the system says when it cannot make the thread.
+    pub fn listen(self: &Arc<Self>, listener: UnixListener) -> io::Result<()> {
+        let control = Arc::clone(self);
+        let accept = move || {
+            for stream in listener.incoming() {
+                let served = stream.and_then(|stream| {
+                    stream.set_nonblocking(false)?;
+                    control.serve(Channel::new(stream))
+                });
+                if served.is_err() {
+                    // Out of descriptors or memory: waiting is all that can help.
+                    std::thread::sleep(Duration::from_millis(100));
+                }
+            }
+        };
+        Builder::new().name("listen".into()).spawn(accept).map(drop)
+    }
+
+    /// Tells the machine's end to the exit file and all watchers, and waits a bounded time for these.
+    pub fn finish(&self, reason: &ExitReason, exit_file: Option<File>) {
+        if let Some(file) = exit_file
+            && let Err(error) = write_exit_file(file, reason)
+        {
+            eprintln!("the exit file could not be written: {error}");
+        }
+        self.events.publish(Event::Exited(reason.clone()));
+        for _ in 0..200 {
+            if self.watchers.load(Ordering::SeqCst) == 0 {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn converse(&self, channel: &mut Channel) -> Result<(), ChannelError> {
+        loop {
+            let mut frame = match next_request(channel) {
+                Err(bad @ (ChannelError::Json(_) | ChannelError::TooLong(_))) => {
+                    channel.send(&error(&bad), &[])?;
+                    return Err(bad);
+                }
+                other => other?,
+            };
+            if matches!(frame.message, Request::Watch) {
+                return self.watch(channel);
+            }
+            let reply = self.answer(&mut frame);
+            channel.send(&reply, &[])?;
+        }
+    }
+
+    fn watch(&self, channel: &mut Channel) -> Result<(), ChannelError> {
+        self.watchers.fetch_add(1, Ordering::SeqCst);
+        let events = self.events.watch();
+        let told = channel.send(&Reply::Done, &[]).and_then(|()| {
+            events
+                .iter()
+                .try_for_each(|event| channel.send(&event, &[]))
+        });
+        self.watchers.fetch_sub(1, Ordering::SeqCst);
+        told
+    }
+
+    fn answer(&self, frame: &mut Frame<Request>) -> Reply {
+        match &frame.message {
+            Request::Boot(_) => {
+                error("the machine has been booted already; one process is one machine")
+            }
+            Request::Status { version } if *version != PROTOCOL_VERSION => error(format!(
+                "the daemon speaks control protocol {version}, this VMM speaks {PROTOCOL_VERSION}"
+            )),
+            Request::Status { .. } => Reply::Status(status(
+                self.machine.state(),
+                self.events.agent_ready(),
+                &self.timings,
+            )),
+            Request::Pause => {
+                self.machine.pause();
+                Reply::Done
+            }
+            Request::Resume => {
+                self.machine.resume();
+                Reply::Done
+            }
+            Request::Kill => {
+                self.machine.ending().end(ExitReason::Killed);
+                Reply::Done
+            }
+            Request::Watch => Reply::Done,
+            Request::Shutdown
+            | Request::AddLog(_)
+            | Request::ReopenLog { .. }
+            | Request::Attach { .. } => error("this machine has no vsock device"),
+        }
+    }
+}
+
+/// Waits for as long as it takes until a request begins; then it must come in time.
+fn next_request(channel: &mut Channel) -> Result<Frame<Request>, ChannelError> {
+    loop {
+        let mut fds = [PollFd::new(channel.stream().as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, PollTimeout::NONE) {
+            Err(Errno::EINTR) => {}
+            Err(e) => return Err(io::Error::from(e).into()),
+            Ok(_) => return channel.recv(),
+        }
+    }
+}
+
+fn set_patience(stream: &UnixStream) -> io::Result<()> {
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))
+}
+
+fn error(message: impl ToString) -> Reply {
+    Reply::Error {
+        message: message.to_string(),
+    }
+}
+
+fn status(state: VmState, agent_ready: bool, timings: &[Span]) -> VmStatus {
+    VmStatus {
+        version: PROTOCOL_VERSION,
+        build: env!("CARGO_PKG_VERSION").to_owned(),
+        pid: std::process::id(),
+        state,
+        agent_ready,
+        timings: timings.to_vec(),
+    }
+}
+
+fn write_exit_file(mut file: File, reason: &ExitReason) -> io::Result<()> {
+    file.set_len(0)?;
+    let json = serde_json::to_vec(reason)?;
+    file.write_all(&json)
+}

@@ -1,0 +1,167 @@
+//! The life of the process: one control socket, one machine, one end.
+
+use std::fs::File;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::thread::Builder;
+
+use caisson_vmm_protocol::{CONTROL_FD, Channel, ExitReason, Frame, Reply, Request};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::stat::{SFlag, fstat};
+
+use crate::boot::build_and_boot;
+use crate::config::MachineConfig;
+use crate::control::{Control, Events, await_boot};
+use crate::timeline::Timeline;
+use crate::vm::{Ending, Machine};
+
+/// The machine could not be started.
+pub const EXIT_START: u8 = 1;
+/// Started by hand or wrongly.
+pub const EXIT_USAGE: u8 = 2;
+
+/// The exit status that stands for a reason.
+pub fn exit_status(reason: &ExitReason) -> u8 {
+    match reason {
+        ExitReason::PoweredOff => 0,
+        ExitReason::Reset => 10,
+        ExitReason::Panicked => 11,
+        ExitReason::Killed => 12,
+        ExitReason::GuestError(_) => 13,
+        ExitReason::InternalError(_) => 14,
+    }
+}
+
+/// Runs one machine from its control socket to its end.
+pub fn run() -> ExitCode {
+    let mut timeline = Timeline::new();
+    let Some(mut channel) = control_socket() else {
+        eprintln!(
+            "caisson-vmm: descriptor {CONTROL_FD} is no socket; this program is started by `caisson serve`"
+        );
+        return ExitCode::from(EXIT_USAGE);
+    };
+    let frame = match await_boot(&mut channel) {
+        Ok(Some(frame)) => frame,
+        Ok(None) => return ExitCode::from(EXIT_START),
+        Err(error) => return refuse(&mut channel, error),
+    };
+    timeline.mark("boot request");
+    let ending = Ending::new();
+    match start(frame, &ending, &mut timeline) {
+        Ok(started) => serve(channel, started, &ending, &timeline),
+        Err(error) => refuse(&mut channel, error),
+    }
+}
+
+/// What the end of the process needs besides the machine.
+struct Started {
+    machine: Machine,
+    events: Arc<Events>,
+    control_listener: Option<std::os::unix::net::UnixListener>,
+    exit_file: Option<File>,
+}
+
+fn start(
+    mut frame: Frame<Request>,
+    ending: &Arc<Ending>,
+    timeline: &mut Timeline,
+) -> Result<Started, Box<dyn std::error::Error>> {
+    let Request::Boot(config) = frame.message.clone() else {
+        return Err("the first request must be boot".into());
+    };
+    let mut config = MachineConfig::new(*config, &mut frame)?;
+    drop(frame);
+    let control_listener = config.control_listener.take();
+    let exit_file = config.exit_file.take();
+    end_on_signals(ending)?;
+    end_on_panic(ending);
+    let events = Arc::new(Events::default());
+    let machine = build_and_boot(config, ending, timeline)?;
+    Ok(Started {
+        machine,
+        events,
+        control_listener,
+        exit_file,
+    })
+}
+
+fn serve(
+    mut channel: Channel,
+    started: Started,
+    ending: &Arc<Ending>,
+    timeline: &Timeline,
+) -> ExitCode {
+    let machine = Arc::new(started.machine);
+    let timings = timeline.spans().to_vec();
+    let control = Control::new(Arc::clone(&machine), started.events, timings);
+    // A daemon that is gone already changes nothing: it finds the machine again by the listener.
+    let _ = channel.send(&Reply::Done, &[]);
+    let served = control.serve(channel).and_then(|()| {
+        started
+            .control_listener
+            .map_or(Ok(()), |listener| control.listen(listener))
+    });
+    if let Err(error) = served {
+        ending.end(ExitReason::InternalError(format!(
+            "no thread for the control socket: {error}"
+        )));
+    }
+    let reason = ending.wait();
+    machine.stop();
+    control.finish(&reason, started.exit_file);
+    ExitCode::from(exit_status(&reason))
+}
+
+fn refuse(channel: &mut Channel, error: impl std::fmt::Display) -> ExitCode {
+    let message = error.to_string();
+    eprintln!("caisson-vmm: {message}");
+    // The daemon may be gone; then nobody wants to know.
+    let _ = channel.send(&Reply::Error { message }, &[]);
+    ExitCode::from(EXIT_START)
+}
+
+/// The control socket, if this process was started with one.
+fn control_socket() -> Option<Channel> {
+    // SAFETY: called once, first of all; nothing in this process has opened or owns descriptor 3.
+    let fd = unsafe { OwnedFd::from_raw_fd(CONTROL_FD) };
+    let is_socket = fstat(&fd).is_ok_and(|stat| {
+        SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits()) == SFlag::S_IFSOCK
+    });
+    if !is_socket {
+        // Not ours to close.
+        std::mem::forget(fd);
+        return None;
+    }
+    Some(Channel::new(UnixStream::from(fd)))
+}
+
+/// Termination signals end the machine in order. All later threads have them blocked.
+fn end_on_signals(ending: &Arc<Ending>) -> Result<(), Box<dyn std::error::Error>> {
+    let mut signals = SigSet::empty();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        signals.add(signal);
+    }
+    signals.thread_block()?;
+    let ending = Arc::clone(ending);
+    Builder::new().name("signals".into()).spawn(move || {
+        if signals.wait().is_ok() {
+            ending.end(ExitReason::Killed);
+        }
+    })?;
+    Ok(())
+}
+
+/// A bug in one thread ends the machine with a reason instead of leaving it half alive.
+fn end_on_panic(ending: &Arc<Ending>) {
+    let ending = Arc::clone(ending);
+    let default = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        default(info);
+        ending.end(ExitReason::InternalError(format!(
+            "a thread of the VMM panicked: {info}"
+        )));
+    }));
+}

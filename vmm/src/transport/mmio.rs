@@ -1,0 +1,415 @@
+//! The virtio-mmio transport (virtio 1.2 §4.2): one device behind a window of registers.
+//!
+//! What the driver writes is hostile. The status only goes forward (§3.1.1); features are fixed once
+//! FEATURES_OK is set, queue addresses and sizes once the queue is ready or the device active.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use virtio_bindings::virtio_config::{
+    VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
+    VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
+    VIRTIO_F_VERSION_1,
+};
+use virtio_bindings::virtio_mmio as reg;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{GuestAddress, GuestAddressSpace};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::virtio::{Activation, ActiveQueue, FailureSink, Interrupt, Memory, VirtioDevice};
+
+/// "virt" in little-endian.
+const MAGIC: u32 = 0x7472_6976;
+const VERSION: u32 = 2;
+const VENDOR: u32 = u32::from_le_bytes(*b"CAIS");
+/// Where the device's configuration space begins in the window.
+const CONFIG: u64 = reg::VIRTIO_MMIO_CONFIG as u64;
+/// The driver's notification register.
+pub const QUEUE_NOTIFY: u64 = reg::VIRTIO_MMIO_QUEUE_NOTIFY as u64;
+
+const ACKNOWLEDGE: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE;
+const DRIVER: u32 = VIRTIO_CONFIG_S_DRIVER;
+const DRIVER_OK: u32 = VIRTIO_CONFIG_S_DRIVER_OK;
+const FEATURES_OK: u32 = VIRTIO_CONFIG_S_FEATURES_OK;
+const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
+const FAILED: u32 = VIRTIO_CONFIG_S_FAILED;
+
+/// The interrupt line of one device: a status register and an irqfd.
+pub struct MmioInterrupt {
+    status: AtomicU32,
+    generation: AtomicU32,
+    line: EventFd,
+}
+
+impl MmioInterrupt {
+    fn raise(&self, bit: u32) -> io::Result<()> {
+        self.status.fetch_or(bit, Ordering::SeqCst);
+        self.line.write(1)
+    }
+}
+
+impl Interrupt for MmioInterrupt {
+    fn queue(&self, _index: u16) -> io::Result<()> {
+        self.raise(reg::VIRTIO_MMIO_INT_VRING)
+    }
+
+    fn config(&self) -> io::Result<()> {
+        self.generation.fetch_add(1, Ordering::SeqCst);
+        self.raise(reg::VIRTIO_MMIO_INT_CONFIG)
+    }
+}
+
+/// What the driver has said of one queue.
+struct Slot {
+    max_size: u16,
+    size: u32,
+    ready: bool,
+    descriptors: u64,
+    driver: u64,
+    device: u64,
+    notify: EventFd,
+}
+
+impl Slot {
+    fn new(max_size: u16) -> io::Result<Self> {
+        Ok(Self {
+            max_size,
+            size: max_size.into(),
+            ready: false,
+            descriptors: 0,
+            driver: 0,
+            device: 0,
+            notify: EventFd::new(EFD_NONBLOCK)?,
+        })
+    }
+
+    fn reset(&mut self) {
+        self.size = self.max_size.into();
+        self.ready = false;
+        (self.descriptors, self.driver, self.device) = (0, 0, 0);
+    }
+
+    /// The queue, if all that the driver said of it is valid.
+    fn build(&self, memory: &Memory, event_idx: bool) -> Option<Queue> {
+        if !self.ready {
+            return None;
+        }
+        let mut queue = Queue::new(self.max_size).ok()?;
+        queue.try_set_size(u16::try_from(self.size).ok()?).ok()?;
+        queue
+            .try_set_desc_table_address(GuestAddress(self.descriptors))
+            .ok()?;
+        queue
+            .try_set_avail_ring_address(GuestAddress(self.driver))
+            .ok()?;
+        queue
+            .try_set_used_ring_address(GuestAddress(self.device))
+            .ok()?;
+        queue.set_event_idx(event_idx);
+        queue.set_ready(true);
+        queue.is_valid(&*memory.memory()).then_some(queue)
+    }
+}
+
+/// A device behind a register window.
+pub struct MmioTransport {
+    device: Box<dyn VirtioDevice>,
+    memory: Memory,
+    interrupt: Arc<MmioInterrupt>,
+    failure: FailureSink,
+    slots: Vec<Slot>,
+    status: u32,
+    active: bool,
+    queue_select: u32,
+    device_features_select: u32,
+    driver_features_select: u32,
+    driver_features: u64,
+}
+
+impl MmioTransport {
+    /// Puts a device behind a window whose interrupt is `line` (an irqfd).
+    ///
+    /// # Errors
+    /// What the system says when it has no more eventfds.
+    pub fn new(
+        device: Box<dyn VirtioDevice>,
+        memory: Memory,
+        line: EventFd,
+        failure: FailureSink,
+    ) -> io::Result<Self> {
+        let slots = device
+            .queue_sizes()
+            .iter()
+            .map(|size| Slot::new(*size))
+            .collect::<io::Result<_>>()?;
+        Ok(Self {
+            device,
+            memory,
+            interrupt: Arc::new(MmioInterrupt {
+                status: AtomicU32::new(0),
+                generation: AtomicU32::new(0),
+                line,
+            }),
+            failure,
+            slots,
+            status: 0,
+            active: false,
+            queue_select: 0,
+            device_features_select: 0,
+            driver_features_select: 0,
+            driver_features: 0,
+        })
+    }
+
+    /// The events by which the driver notifies each queue, in order; for ioeventfds on [`QUEUE_NOTIFY`].
+    pub fn notify_events(&self) -> impl Iterator<Item = &EventFd> {
+        self.slots.iter().map(|slot| &slot.notify)
+    }
+
+    /// Reads from the window. What is not a register reads as zero.
+    pub fn read(&self, offset: u64, data: &mut [u8]) {
+        if offset >= CONFIG {
+            return self.device.read_config(offset - CONFIG, data);
+        }
+        data.fill(0);
+        if data.len() == 4 && offset.is_multiple_of(4) {
+            data.copy_from_slice(&self.read_register(offset as u32).to_le_bytes());
+        }
+    }
+
+    /// Writes to the window. What the driver may not write now is ignored.
+    pub fn write(&mut self, offset: u64, data: &[u8]) {
+        if offset >= CONFIG {
+            if self.status & DRIVER != 0 {
+                self.device.write_config(offset - CONFIG, data);
+            }
+            return;
+        }
+        if let Ok(bytes) = <[u8; 4]>::try_from(data)
+            && offset.is_multiple_of(4)
+        {
+            self.write_register(offset as u32, u32::from_le_bytes(bytes));
+        }
+    }
+
+    /// Parks the device's worker.
+    pub fn pause(&mut self) {
+        if self.active {
+            self.device.pause();
+        }
+    }
+
+    /// Lets the device's worker go on.
+    pub fn resume(&mut self) {
+        if self.active {
+            self.device.resume();
+        }
+    }
+
+    /// Stops the device for good, as at the machine's end.
+    pub fn stop(&mut self) {
+        self.reset();
+    }
+
+    fn slot(&self) -> Option<&Slot> {
+        self.slots.get(self.queue_select as usize)
+    }
+
+    fn read_register(&self, offset: u32) -> u32 {
+        match offset {
+            reg::VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
+            reg::VIRTIO_MMIO_VERSION => VERSION,
+            reg::VIRTIO_MMIO_DEVICE_ID => self.device.device_type(),
+            reg::VIRTIO_MMIO_VENDOR_ID => VENDOR,
+            reg::VIRTIO_MMIO_DEVICE_FEATURES => {
+                half(self.device.features(), self.device_features_select)
+            }
+            reg::VIRTIO_MMIO_QUEUE_NUM_MAX => self.slot().map_or(0, |slot| slot.max_size.into()),
+            reg::VIRTIO_MMIO_QUEUE_READY => self.slot().map_or(0, |slot| slot.ready.into()),
+            reg::VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.status.load(Ordering::SeqCst),
+            reg::VIRTIO_MMIO_STATUS => self.status,
+            // There is no shared memory: its length is all ones (§4.2.2.1).
+            reg::VIRTIO_MMIO_SHM_LEN_LOW
+            | reg::VIRTIO_MMIO_SHM_LEN_HIGH
+            | reg::VIRTIO_MMIO_SHM_BASE_LOW
+            | reg::VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
+            reg::VIRTIO_MMIO_CONFIG_GENERATION => self.interrupt.generation.load(Ordering::SeqCst),
+            _ => 0,
+        }
+    }
+
+    fn write_register(&mut self, offset: u32, value: u32) {
+        match offset {
+            reg::VIRTIO_MMIO_DEVICE_FEATURES_SEL => self.device_features_select = value,
+            reg::VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.driver_features_select = value,
+            reg::VIRTIO_MMIO_DRIVER_FEATURES => self.write_features(value),
+            reg::VIRTIO_MMIO_QUEUE_SEL => self.queue_select = value,
+            reg::VIRTIO_MMIO_QUEUE_NOTIFY => self.notify(value),
+            reg::VIRTIO_MMIO_INTERRUPT_ACK => {
+                self.interrupt.status.fetch_and(!value, Ordering::SeqCst);
+            }
+            reg::VIRTIO_MMIO_STATUS => self.write_status(value),
+            reg::VIRTIO_MMIO_QUEUE_READY => self.write_ready(value),
+            _ => self.write_queue(offset, value),
+        }
+    }
+
+    fn write_features(&mut self, value: u32) {
+        if self.status & (DRIVER | FEATURES_OK) != DRIVER {
+            return;
+        }
+        let shift = match self.driver_features_select {
+            0 => 0,
+            1 => 32,
+            _ => return,
+        };
+        let mask = u64::from(u32::MAX) << shift;
+        self.driver_features = (self.driver_features & !mask) | u64::from(value) << shift;
+    }
+
+    /// The driver can touch queues only between FEATURES_OK and DRIVER_OK.
+    fn configurable(&mut self) -> Option<&mut Slot> {
+        if self.active || self.status & (FEATURES_OK | DRIVER_OK | FAILED) != FEATURES_OK {
+            return None;
+        }
+        self.slots.get_mut(self.queue_select as usize)
+    }
+
+    fn write_ready(&mut self, value: u32) {
+        if let Some(slot) = self.configurable() {
+            slot.ready = value == 1;
+        }
+    }
+
+    fn write_queue(&mut self, offset: u32, value: u32) {
+        let Some(slot) = self.configurable().filter(|slot| !slot.ready) else {
+            return;
+        };
+        match offset {
+            reg::VIRTIO_MMIO_QUEUE_NUM => slot.size = value,
+            reg::VIRTIO_MMIO_QUEUE_DESC_LOW => set_low(&mut slot.descriptors, value),
+            reg::VIRTIO_MMIO_QUEUE_DESC_HIGH => set_high(&mut slot.descriptors, value),
+            reg::VIRTIO_MMIO_QUEUE_AVAIL_LOW => set_low(&mut slot.driver, value),
+            reg::VIRTIO_MMIO_QUEUE_AVAIL_HIGH => set_high(&mut slot.driver, value),
+            reg::VIRTIO_MMIO_QUEUE_USED_LOW => set_low(&mut slot.device, value),
+            reg::VIRTIO_MMIO_QUEUE_USED_HIGH => set_high(&mut slot.device, value),
+            _ => {}
+        }
+    }
+
+    /// A notification that did not take the ioeventfd's way.
+    fn notify(&self, value: u32) {
+        if let Some(slot) = self.slots.get(value as usize) {
+            // A full counter is a notification that is still to be seen.
+            let _ = slot.notify.write(1);
+        }
+    }
+
+    fn write_status(&mut self, value: u32) {
+        if value == 0 {
+            return self.reset();
+        }
+        let new = value & !self.status;
+        // Bits are never taken back but by a reset (§2.1.1); the device's own bit is not the driver's.
+        if value & self.status & !NEEDS_RESET != self.status & !NEEDS_RESET {
+            return;
+        }
+        if new & FAILED != 0 {
+            self.status |= FAILED;
+            return;
+        }
+        match (self.status & !NEEDS_RESET, new) {
+            (0, ACKNOWLEDGE) => self.status |= ACKNOWLEDGE,
+            (ACKNOWLEDGE, DRIVER) => self.status |= DRIVER,
+            (s, FEATURES_OK) if s == ACKNOWLEDGE | DRIVER => {
+                let offered = self.device.features();
+                let wanted = self.driver_features;
+                if wanted & !offered == 0 && wanted & (1 << VIRTIO_F_VERSION_1) != 0 {
+                    self.status |= FEATURES_OK;
+                }
+            }
+            (s, DRIVER_OK) if s == ACKNOWLEDGE | DRIVER | FEATURES_OK => {
+                self.status |= DRIVER_OK;
+                self.activate();
+            }
+            _ => {}
+        }
+    }
+
+    fn activate(&mut self) {
+        let event_idx = self.driver_features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
+        let queues: Option<Vec<_>> = self
+            .slots
+            .iter()
+            .enumerate()
+            .map(|(index, slot)| {
+                Some(ActiveQueue {
+                    index: u16::try_from(index).ok()?,
+                    queue: slot.build(&self.memory, event_idx)?,
+                    notify: slot.notify.try_clone().ok()?,
+                })
+            })
+            .collect();
+        let activated = queues.is_some_and(|queues| {
+            let activation = Activation {
+                memory: self.memory.clone(),
+                interrupt: self.interrupt.clone(),
+                queues,
+                features: self.driver_features,
+                failure: Arc::clone(&self.failure),
+            };
+            match self.device.activate(activation) {
+                Ok(()) => true,
+                Err(error) => {
+                    (self.failure)(error);
+                    false
+                }
+            }
+        });
+        if activated {
+            self.active = true;
+        } else {
+            self.status |= NEEDS_RESET;
+            // A driver that does not hear of it finds the bit in the status all the same.
+            let _ = self.interrupt.config();
+        }
+    }
+
+    fn reset(&mut self) {
+        if self.active {
+            self.device.reset();
+        }
+        self.active = false;
+        self.status = 0;
+        self.driver_features = 0;
+        (
+            self.queue_select,
+            self.device_features_select,
+            self.driver_features_select,
+        ) = (0, 0, 0);
+        self.interrupt.status.store(0, Ordering::SeqCst);
+        self.slots.iter_mut().for_each(Slot::reset);
+    }
+}
+
+fn half(value: u64, select: u32) -> u32 {
+    match select {
+        0 => value as u32,
+        1 => (value >> 32) as u32,
+        _ => 0,
+    }
+}
+
+fn set_low(register: &mut u64, value: u32) {
+    *register = (*register & !u64::from(u32::MAX)) | u64::from(value);
+}
+
+fn set_high(register: &mut u64, value: u32) {
+    *register = (*register & u64::from(u32::MAX)) | u64::from(value) << 32;
+}
+
+#[cfg(test)]
+#[path = "mmio_tests.rs"]
+mod tests;

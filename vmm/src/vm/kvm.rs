@@ -1,0 +1,189 @@
+//! KVM's side of a machine: the VM, its memory, its interrupt controllers and its eventfds.
+
+use std::io;
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+
+use kvm_bindings::{KVM_API_VERSION, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
+use vm_memory::{Address, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::arch::cpuid::{Cpuid, CpuidError};
+use crate::arch::kernel::LoadedKernel;
+use crate::arch::layout;
+use crate::arch::regs::{self, RegsError};
+use crate::transport::mmio::{MmioTransport, QUEUE_NOTIFY};
+
+/// What a machine cannot do without.
+const NEEDED: [(Cap, &str); 5] = [
+    (Cap::Irqchip, "an interrupt controller in the kernel"),
+    (Cap::Ioeventfd, "ioeventfd"),
+    (Cap::Irqfd, "irqfd"),
+    (Cap::UserMemory, "user memory regions"),
+    (Cap::ImmediateExit, "immediate exit"),
+];
+
+/// Why KVM cannot give us a machine.
+#[derive(Debug, thiserror::Error)]
+pub enum KvmError {
+    /// The descriptor is not `/dev/kvm`, or of a kernel that speaks another interface.
+    #[error("the KVM device speaks API version {0}, not 12; hand over /dev/kvm")]
+    Api(i32),
+    /// KVM lacks something.
+    #[error("this host's KVM has no {0}; use a newer kernel")]
+    Missing(&'static str),
+    /// An ioctl failed.
+    #[error("KVM refused to {what}: {source}")]
+    Ioctl {
+        /// What was asked of it.
+        what: &'static str,
+        /// What it said.
+        source: kvm_ioctls::Error,
+    },
+    /// The guest's memory cannot be mapped.
+    #[error("{mib} MiB of guest memory cannot be mapped: {source}")]
+    Memory {
+        /// The size.
+        mib: u64,
+        /// What the system said.
+        source: vm_memory::mmap::FromRangesError,
+    },
+    /// An eventfd could not be made.
+    #[error("no eventfd could be made: {0}")]
+    Event(#[from] io::Error),
+    /// A vCPU's registers.
+    #[error(transparent)]
+    Regs(#[from] RegsError),
+    /// The vCPUs' CPUID.
+    #[error(transparent)]
+    Cpuid(#[from] CpuidError),
+}
+
+fn ioctl(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmError {
+    move |source| KvmError::Ioctl { what, source }
+}
+
+/// A VM with memory and interrupt controllers.
+pub struct KvmVm {
+    // Dropped in this order: the VM before the memory that it maps.
+    vm: VmFd,
+    kvm: Kvm,
+    memory: GuestMemoryMmap,
+}
+
+impl KvmVm {
+    /// Makes a VM with so many bytes of memory.
+    ///
+    /// # Errors
+    /// [`KvmError`] says what KVM lacks or refused.
+    pub fn new(device: OwnedFd, bytes: u64) -> Result<Self, KvmError> {
+        // SAFETY: the descriptor is ours and is given away; nobody else closes it.
+        let kvm = unsafe { Kvm::from_raw_fd(device.into_raw_fd()) };
+        let version = kvm.get_api_version();
+        if version != KVM_API_VERSION as i32 {
+            return Err(KvmError::Api(version));
+        }
+        for (cap, name) in NEEDED {
+            if !kvm.check_extension(cap) {
+                return Err(KvmError::Missing(name));
+            }
+        }
+        let vm = create(&kvm)?;
+        vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
+            .map_err(ioctl("set the identity map's address"))?;
+        vm.set_tss_address(layout::KVM_TSS)
+            .map_err(ioctl("set the task state segment's address"))?;
+        vm.create_irq_chip()
+            .map_err(ioctl("make interrupt controllers"))?;
+        let memory = map(&vm, bytes)?;
+        Ok(Self { vm, kvm, memory })
+    }
+
+    /// The guest's memory.
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
+    /// An event that raises this interrupt line.
+    ///
+    /// # Errors
+    /// [`KvmError`].
+    pub fn interrupt_line(&self, gsi: u32) -> Result<EventFd, KvmError> {
+        let line = EventFd::new(EFD_NONBLOCK)?;
+        self.vm
+            .register_irqfd(&line, gsi)
+            .map_err(ioctl("connect an interrupt line"))?;
+        Ok(line)
+    }
+
+    /// Lets the driver's notifications reach the device without an exit to this process.
+    ///
+    /// # Errors
+    /// [`KvmError::Ioctl`].
+    pub fn connect_notifications(
+        &self,
+        transport: &MmioTransport,
+        window: u64,
+    ) -> Result<(), KvmError> {
+        let at = IoEventAddress::Mmio(window + QUEUE_NOTIFY);
+        for (index, event) in transport.notify_events().enumerate() {
+            self.vm
+                .register_ioevent(event, &at, index as u32)
+                .map_err(ioctl("connect a queue's notification"))?;
+        }
+        Ok(())
+    }
+
+    /// Makes the vCPUs. The first one will enter the kernel, the others wait to be woken by it.
+    ///
+    /// # Errors
+    /// [`KvmError`].
+    pub fn create_vcpus(&self, count: u8, kernel: &LoadedKernel) -> Result<Vec<VcpuFd>, KvmError> {
+        let cpuid = Cpuid::new(&self.kvm, count)?;
+        regs::write_boot_tables(&self.memory)?;
+        (0..count)
+            .map(|id| {
+                let vcpu = self
+                    .vm
+                    .create_vcpu(id.into())
+                    .map_err(ioctl("make a vCPU"))?;
+                vcpu.set_cpuid2(&cpuid.for_vcpu(id)?)
+                    .map_err(ioctl("take a vCPU's CPUID"))?;
+                regs::set_up(&vcpu, (id == 0).then_some(kernel.entry))?;
+                Ok(vcpu)
+            })
+            .collect()
+    }
+}
+
+fn create(kvm: &Kvm) -> Result<VmFd, KvmError> {
+    loop {
+        match kvm.create_vm() {
+            // A signal in the middle of it; Linux says try again.
+            Err(e) if e.errno() == libc::EINTR => {}
+            other => return other.map_err(ioctl("make a VM")),
+        }
+    }
+}
+
+fn map(vm: &VmFd, bytes: u64) -> Result<GuestMemoryMmap, KvmError> {
+    // Private, anonymous and without reservation: the pod's cgroup accounts for pages when they are touched.
+    let memory = GuestMemoryMmap::from_ranges(&layout::memory_ranges(bytes)).map_err(|source| {
+        KvmError::Memory {
+            mib: bytes >> 20,
+            source,
+        }
+    })?;
+    for (slot, region) in memory.iter().enumerate() {
+        let region = kvm_userspace_memory_region {
+            slot: slot as u32,
+            flags: 0,
+            guest_phys_addr: region.start_addr().raw_value(),
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+        };
+        // SAFETY: the mapping is ours, has this length, and lives as long as the VM: see `KvmVm`.
+        unsafe { vm.set_user_memory_region(region) }.map_err(ioctl("take the guest's memory"))?;
+    }
+    Ok(memory)
+}
