@@ -154,6 +154,18 @@ impl<'m> Buffers<'m> {
         usize::try_from(n).map_err(|_| io::Error::last_os_error())
     }
 
+    /// Reads once, as much as there is and fits; nothing is consumed.
+    ///
+    /// # Errors
+    /// What `readv` says.
+    pub fn receive(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
+        let vectors = self.vectors();
+        // SAFETY: the vectors point into guest memory, which is mapped for 'm, longer than this call. What
+        // the kernel writes there is what a device is for: the guest sees such memory as volatile.
+        let n = unsafe { libc::readv(fd.as_raw_fd(), vectors.as_ptr(), count(&vectors)) };
+        usize::try_from(n).map_err(|_| io::Error::last_os_error())
+    }
+
     fn transfer(
         &self,
         mut offset: u64,

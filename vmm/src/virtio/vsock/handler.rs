@@ -1,0 +1,152 @@
+//! Serves the device's queues on its worker.
+
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+use vm_memory::GuestAddressSpace;
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::NAME;
+use super::muxer::Muxer;
+use super::receive::ReceiveRing;
+use crate::virtio::queue::{BUDGET, Ring, Used};
+use crate::virtio::worker::{Handler, Poll};
+use crate::virtio::{DeviceError, Memory};
+
+const RECEIVE: u64 = 0;
+const TRANSMIT: u64 = 1;
+const AGAIN: u64 = 2;
+
+/// How long a device that stops waits for readers of what the guest has sent.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// The queues and connections of an active device.
+pub struct VsockHandler {
+    memory: Memory,
+    receive: Ring,
+    transmit: Ring,
+    /// Signalled by ourselves where a pass ended before the work did.
+    again: EventFd,
+    muxer: Muxer,
+}
+
+impl VsockHandler {
+    /// # Errors
+    /// The muxer comes back where the system gives us no event.
+    pub fn new(
+        memory: Memory,
+        receive: Ring,
+        transmit: Ring,
+        muxer: Muxer,
+    ) -> Result<Self, (Muxer, std::io::Error)> {
+        match EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC) {
+            Ok(again) => Ok(Self {
+                memory,
+                receive,
+                transmit,
+                again,
+                muxer,
+            }),
+            Err(error) => Err((muxer, error)),
+        }
+    }
+
+    /// Ends all connections and gives the muxer back for the next activation. What the guest has sent before
+    /// is passed on first.
+    pub fn finish(mut self) -> Muxer {
+        // A ring that cannot be read has nothing to pass on; the device is stopping in any case.
+        let _ = self.serve_transmit();
+        self.muxer.stop(PATIENCE);
+        self.muxer
+    }
+
+    /// Takes the guest's packets. True if some are left for the next pass.
+    fn serve_transmit(&mut self) -> Result<bool, DeviceError> {
+        let guard = self.memory.memory();
+        let ring = &mut self.transmit;
+        let mut left = BUDGET;
+        loop {
+            ring.disable_notification(&guard)?;
+            while let Some(chain) = ring.pop(&guard)? {
+                self.muxer.packet(chain.readable);
+                let head = chain.head;
+                ring.push(&guard, Used { head, len: 0 })?;
+                left -= 1;
+                if left == 0 {
+                    return Ok(true);
+                }
+            }
+            if !ring.enable_notification(&guard)? {
+                return Ok(false);
+            }
+        }
+    }
+
+    /// Sends packets to the guest while it gives us buffers. True if more could be sent in the next pass.
+    fn serve_receive(&mut self) -> Result<bool, DeviceError> {
+        if !self.muxer.has_work() {
+            return Ok(false);
+        }
+        let guard = self.memory.memory();
+        let mut ring = ReceiveRing::new(&mut self.receive, &guard);
+        while self.muxer.has_work() {
+            if ring.used() >= BUDGET {
+                return Ok(true);
+            }
+            // The notification for new buffers must be asked for each time that there are none, or what is
+            // in line waits for ever.
+            if ring.reserve(1)? == 0 && !ring.enable_notification()? {
+                return Ok(false);
+            }
+            if ring.reserve(1)? > 0 {
+                self.muxer.send_next(&mut ring)?;
+            }
+        }
+        Ok(false)
+    }
+
+    fn serve(&mut self) -> Result<(), DeviceError> {
+        let more = self.serve_transmit()?;
+        let more = self.serve_receive()? || more;
+        let guard = self.memory.memory();
+        self.transmit.signal(&guard)?;
+        self.receive.signal(&guard)?;
+        if more {
+            // A full counter is a wake-up that is still to be seen.
+            let _ = self.again.write(1);
+        }
+        Ok(())
+    }
+}
+
+impl Handler for VsockHandler {
+    fn start(&mut self, poll: &Poll) -> Result<(), DeviceError> {
+        for (fd, token) in [
+            (self.receive.notify_fd(), RECEIVE),
+            (self.transmit.notify_fd(), TRANSMIT),
+            (self.again.as_raw_fd(), AGAIN),
+        ] {
+            poll.add(fd, token, EventSet::IN)
+                .map_err(|source| DeviceError::Host {
+                    device: NAME,
+                    source,
+                })?;
+        }
+        self.muxer.start(poll)?;
+        // The driver may have sent before we listened.
+        self.serve()
+    }
+
+    fn handle(&mut self, token: u64, ready: EventSet, poll: &Poll) -> Result<(), DeviceError> {
+        match token {
+            RECEIVE => self.receive.take_notification(),
+            TRANSMIT => self.transmit.take_notification(),
+            AGAIN => {
+                let _ = self.again.read();
+            }
+            _ => self.muxer.handle(token, ready, poll),
+        }
+        self.serve()
+    }
+}

@@ -1,0 +1,197 @@
+//! virtio-vsock (virtio 1.2 §5.10): stream sockets between the host and the guest.
+//!
+//! Only the host opens connections: through a listening unix socket on which a client says
+//! `CONNECT <port>\n` and hears `OK <host port>\n`, as Firecracker's users know it, or from inside this
+//! process through a [`VsockConnector`]. Of what the guest opens, a connection to
+//! [`READY_PORT`](caisson_vmm_protocol::READY_PORT) counts as the message that its agent listens; it is
+//! refused as all others are.
+//!
+//! One worker serves the queues and all connections, and never waits for any of them: every socket is
+//! non-blocking, and each direction has the credit that §5.10.6.3 describes.
+
+mod connection;
+mod connector;
+mod handler;
+mod handshake;
+mod muxer;
+mod packet;
+mod receive;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_ring::{
+    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+};
+use virtio_queue::QueueT;
+use vm_memory::GuestAddressSpace;
+
+pub use connector::VsockConnector;
+pub use muxer::{MAX_CONNECTIONS, ReadyCallback};
+
+use connector::Requests;
+use handler::VsockHandler;
+use muxer::Muxer;
+
+use super::queue::Ring;
+use super::worker::Worker;
+use super::{Activation, DeviceError, VirtioDevice, read_config_space};
+
+const NAME: &str = "virtio-vsock";
+/// The device ID (virtio 1.2 §5.10.1).
+const DEVICE_TYPE: u32 = 19;
+/// Receive, transmit, event. Linux fills the receive ring with buffers of 4 KiB: 1 MiB of guest memory.
+const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
+/// `VIRTIO_VSOCK_F_STREAM`.
+const VIRTIO_VSOCK_F_STREAM: u32 = 0;
+/// The first context ID that may be a guest's (virtio 1.2 §5.10.4).
+const FIRST_CID: u32 = 3;
+
+/// Why there is no vsock device.
+#[derive(Debug, thiserror::Error)]
+pub enum VsockError {
+    /// The context ID is reserved.
+    #[error("{0} cannot be a guest's vsock context ID; use {FIRST_CID} to 4294967294")]
+    BadCid(u32),
+    /// The system refused something.
+    #[error("the vsock device could not be set up: {0}")]
+    Host(#[from] io::Error),
+}
+
+/// The vsock device.
+pub struct Vsock {
+    cid: u32,
+    requests: Arc<Requests>,
+    /// Here while the device is not active; the worker has it otherwise.
+    muxer: Option<Muxer>,
+    worker: Option<Worker<VsockHandler>>,
+}
+
+impl Vsock {
+    /// A device for a guest with this context ID. Clients come through `listener`, a listening unix stream
+    /// socket. `ready` is called once, on the device's worker, when the guest connects to
+    /// [`READY_PORT`](caisson_vmm_protocol::READY_PORT).
+    ///
+    /// # Errors
+    /// [`VsockError`].
+    pub fn new(
+        cid: u32,
+        listener: Option<OwnedFd>,
+        ready: ReadyCallback,
+    ) -> Result<Self, VsockError> {
+        if cid < FIRST_CID || cid == u32::MAX {
+            return Err(VsockError::BadCid(cid));
+        }
+        let requests = Requests::new()?;
+        let muxer = Muxer::new(cid, listener, Arc::clone(&requests), ready)?;
+        Ok(Self {
+            cid,
+            requests,
+            muxer: Some(muxer),
+            worker: None,
+        })
+    }
+
+    /// Opens connections to the guest from inside this process.
+    pub fn connector(&self) -> VsockConnector {
+        self.requests.connector()
+    }
+
+    fn host_error(source: io::Error) -> DeviceError {
+        DeviceError::Host {
+            device: NAME,
+            source,
+        }
+    }
+}
+
+impl VirtioDevice for Vsock {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn device_type(&self) -> u32 {
+        DEVICE_TYPE
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        1 << VIRTIO_F_VERSION_1
+            | 1 << VIRTIO_RING_F_EVENT_IDX
+            | 1 << VIRTIO_RING_F_INDIRECT_DESC
+            | 1 << VIRTIO_VSOCK_F_STREAM
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_config_space(&u64::from(self.cid).to_le_bytes(), offset, data);
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
+        let Activation {
+            memory,
+            interrupt,
+            queues,
+            features,
+            failure,
+        } = activation;
+        let event_index = features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
+        let guard = memory.memory();
+        let mut rings = Vec::with_capacity(QUEUE_SIZES.len());
+        for mut active in queues {
+            active.queue.set_event_idx(event_index);
+            rings.push(Ring::new(NAME, active, Arc::clone(&interrupt), &guard)?);
+        }
+        drop(guard);
+        let mut rings = rings.into_iter();
+        let (Some(receive), Some(transmit), Some(muxer)) =
+            (rings.next(), rings.next(), self.muxer.take())
+        else {
+            return Err(Self::host_error(io::Error::other(
+                "it is active already, or its worker did not come back",
+            )));
+        };
+        let handler =
+            VsockHandler::new(memory, receive, transmit, muxer).map_err(|(muxer, error)| {
+                self.muxer = Some(muxer);
+                Self::host_error(error)
+            })?;
+        let worker = Worker::spawn(NAME, handler, failure).map_err(Self::host_error)?;
+        self.worker = Some(worker);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        if let Some(handler) = self.worker.take().and_then(Worker::stop) {
+            self.muxer = Some(handler.finish());
+        }
+    }
+
+    fn pause(&mut self) {
+        if let Some(worker) = &self.worker {
+            worker.pause();
+        }
+    }
+
+    fn resume(&mut self) {
+        if let Some(worker) = &self.worker {
+            worker.resume();
+        }
+    }
+}
+
+impl Drop for Vsock {
+    fn drop(&mut self) {
+        // Whoever waits for a connection, or still reads one, must not wait for ever.
+        self.requests.close();
+        self.reset();
+    }
+}
