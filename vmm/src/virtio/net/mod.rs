@@ -1,0 +1,169 @@
+//! The network device (virtio 1.2 §5.1) on a tap, with one pair of queues and no control queue.
+//!
+//! The header in front of each frame (`struct virtio_net_hdr`) is the tap's own: with `IFF_VNET_HDR` the
+//! kernel takes and gives it as it is, so checksums and segmentation are left to the other side.
+
+mod handler;
+mod tap;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
+};
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+use self::handler::Frames;
+use self::tap::Tap;
+use super::service::{self, Service};
+use super::{Activation, DeviceError, VirtioDevice, read_config_space};
+
+const DEVICE: &str = "virtio-net";
+/// Receive, then transmit (§5.1.2).
+const QUEUE_SIZES: [u16; 2] = [256, 256];
+
+/// Why a network device cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum NetError {
+    /// The descriptor is not a tap with `IFF_VNET_HDR`.
+    #[error(
+        "the network device's descriptor is not a tap with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR: open /dev/net/tun with these"
+    )]
+    NotATap,
+    /// The tap refuses a setting.
+    #[error("the tap cannot be set up ({what}): {source}")]
+    Tap {
+        /// What was asked of it.
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The MTU cannot be told to the guest.
+    #[error("an MTU is 68 to 65535 bytes, and {0} is not")]
+    Mtu(u16),
+    /// The MAC address is not one of a single host.
+    #[error("a MAC address must be that of one host, and one with an odd first byte is a group's")]
+    GroupAddress,
+}
+
+/// A network device.
+pub struct Net {
+    mac: [u8; 6],
+    mtu: u16,
+    link: Arc<AtomicBool>,
+    service: Service<Tap, Frames>,
+}
+
+impl Net {
+    /// A device on an attached tap, with this MAC address and an MTU of 68 to 65535 bytes for the guest.
+    ///
+    /// # Errors
+    /// [`NetError`] where the descriptor is not such a tap, or the address or MTU is not good.
+    pub fn new(tap: OwnedFd, mac: [u8; 6], mtu: u16) -> Result<Self, NetError> {
+        if mtu < 68 {
+            return Err(NetError::Mtu(mtu));
+        }
+        if mac[0] & 1 != 0 {
+            return Err(NetError::GroupAddress);
+        }
+        Ok(Self {
+            mac,
+            mtu,
+            link: Arc::new(AtomicBool::new(true)),
+            service: Service::new(DEVICE, Tap::new(tap)?),
+        })
+    }
+}
+
+impl VirtioDevice for Net {
+    fn name(&self) -> &'static str {
+        DEVICE
+    }
+
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_NET
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        [
+            VIRTIO_F_VERSION_1,
+            VIRTIO_RING_F_INDIRECT_DESC,
+            VIRTIO_RING_F_EVENT_IDX,
+            VIRTIO_NET_F_CSUM,
+            VIRTIO_NET_F_GUEST_CSUM,
+            VIRTIO_NET_F_GUEST_TSO4,
+            VIRTIO_NET_F_GUEST_TSO6,
+            VIRTIO_NET_F_HOST_TSO4,
+            VIRTIO_NET_F_HOST_TSO6,
+            VIRTIO_NET_F_MAC,
+            VIRTIO_NET_F_MRG_RXBUF,
+            VIRTIO_NET_F_MTU,
+            VIRTIO_NET_F_STATUS,
+        ]
+        .iter()
+        .fold(0, |all, bit| all | 1 << bit)
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        // struct virtio_net_config (§5.1.4).
+        let mut space = [0; 12];
+        space[..6].copy_from_slice(&self.mac);
+        if self.link.load(Ordering::Acquire) {
+            space[6..8].copy_from_slice(&(VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
+        }
+        space[8..10].copy_from_slice(&1u16.to_le_bytes()); // max_virtqueue_pairs
+        space[10..].copy_from_slice(&self.mtu.to_le_bytes());
+        read_config_space(&space, offset, data);
+    }
+
+    fn activate(&mut self, mut activation: Activation) -> Result<(), DeviceError> {
+        let [receive, transmit] = service::rings(DEVICE, &mut activation)?;
+        let features = activation.features;
+        let mut offload = Ok(());
+        let link = Arc::clone(&self.link);
+        self.service.start(activation.failure, |tap| {
+            offload = tap.set_offload(features);
+            Frames::new(
+                tap,
+                activation.memory,
+                activation.interrupt,
+                link,
+                (receive, transmit),
+                features,
+            )
+        })?;
+        offload.map_err(|source| {
+            self.service.stop();
+            DeviceError::Host {
+                device: DEVICE,
+                source,
+            }
+        })
+    }
+
+    fn reset(&mut self) {
+        self.service.stop();
+    }
+
+    fn pause(&mut self) {
+        self.service.pause();
+    }
+
+    fn resume(&mut self) {
+        self.service.resume();
+    }
+}
+
+#[cfg(test)]
+mod tests;
