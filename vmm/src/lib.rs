@@ -4,6 +4,8 @@ pub mod arch;
 pub mod boot;
 pub mod config;
 pub mod control;
+pub mod logs;
+pub mod jail;
 pub mod probe;
 pub mod process;
 pub mod timeline;
