@@ -7,7 +7,7 @@ mod tap;
 
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use cni::{Cni, CniConfig, PortMapping};
@@ -89,6 +89,76 @@ pub enum NetworkError {
         /// Why it did not work.
         cause: String,
     },
+}
+
+/// Makes and unmakes the networks of pods. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Network {
+    cni: Cni,
+    netns_dir: PathBuf,
+}
+
+impl Network {
+    /// A network that follows this configuration; network namespaces are bound in `netns_dir`.
+    pub fn new(config: CniConfig, netns_dir: PathBuf) -> Self {
+        Self {
+            cni: Cni::new(config),
+            netns_dir,
+        }
+    }
+
+    /// Whether a pod could get a network now (CRI `NetworkReady`).
+    ///
+    /// # Errors
+    /// [`NetworkError::NotConfigured`] with the reason.
+    pub fn ready(&self) -> Result<(), NetworkError> {
+        self.cni.load().map(drop)
+    }
+
+    /// The path of a pod's network namespace.
+    pub fn netns_path(&self, id: &str) -> PathBuf {
+        self.netns_dir.join(format!("caisson-{id}"))
+    }
+
+    /// Makes the pod's network namespace, lets the CNI plugins fill it, and puts a tap beside their interface.
+    /// What was made is unmade again if a step fails.
+    ///
+    /// # Errors
+    /// [`NetworkError`]: the step or plugin that failed and why.
+    pub async fn setup(&self, pod: &PodIdentity) -> Result<PodNetwork, NetworkError> {
+        let netns = self.netns_path(&pod.id);
+        let made = self.try_setup(pod, &netns).await;
+        if made.is_err()
+            && let Err(error) = self.teardown(pod).await
+        {
+            tracing::warn!(pod = pod.id, %error, "the half-made network could not be unmade");
+        }
+        made
+    }
+
+    async fn try_setup(&self, pod: &PodIdentity, netns: &Path) -> Result<PodNetwork, NetworkError> {
+        netns::create(&pod.id, netns.to_owned()).await?;
+        self.cni.add(pod, netns).await?;
+        let (interface, routes, tap) =
+            tap::attach(&pod.id, netns.to_owned(), cni::INTERFACE.to_owned()).await?;
+        Ok(PodNetwork {
+            netns: netns.to_owned(),
+            tap: Some(Arc::new(tap)),
+            interface,
+            routes,
+        })
+    }
+
+    /// Lets the CNI plugins release what they gave the pod and removes its network namespace. Idempotent.
+    ///
+    /// # Errors
+    /// [`NetworkError`]; the namespace is removed even when a plugin fails.
+    pub async fn teardown(&self, pod: &PodIdentity) -> Result<(), NetworkError> {
+        let netns = self.netns_path(&pod.id);
+        let released = self.cni.del(pod, &netns).await;
+        netns::remove(&pod.id, netns).await?;
+        released
+    }
 }
 
 /// What CNI is told of a pod.

@@ -1,0 +1,224 @@
+//! Where a pod has its files on the host.
+
+use std::fs;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use super::{MicroVmConfig, SandboxError};
+
+/// How much of an ID names the pod's directory: enough to be unique, short enough for a socket's path.
+const SHORT_ID: usize = 24;
+/// The longest path of a unix socket, its final NUL not counted (unix(7)).
+const MAX_SOCKET_PATH: usize = 107;
+/// How much of the console's end is shown to a person.
+const TAIL: u64 = 2048;
+
+/// A pod's directories.
+#[derive(Clone, Debug)]
+pub struct PodDir {
+    state: PathBuf,
+    data: PathBuf,
+}
+
+impl PodDir {
+    /// The directories of this pod, which need not exist.
+    pub fn new(id: &str, config: &MicroVmConfig) -> Result<Self, SandboxError> {
+        let error = |cause: String| SandboxError::Start {
+            id: id.to_owned(),
+            step: "name its directory",
+            cause,
+        };
+        let short = id
+            .get(..SHORT_ID)
+            .filter(|s| s.bytes().all(|b| b.is_ascii_hexdigit()))
+            .ok_or_else(|| error(format!("{id:?} is not a pod sandbox's ID")))?;
+        let dir = Self {
+            state: config.state_dir.join("pods").join(short),
+            data: config.data_dir.join("pods").join(short),
+        };
+        let longest = dir.control().as_os_str().len();
+        if longest > MAX_SOCKET_PATH {
+            return Err(error(format!(
+                "its control socket's path would have {longest} bytes, more than {MAX_SOCKET_PATH}; configure a shorter state_dir"
+            )));
+        }
+        Ok(dir)
+    }
+
+    /// Makes the directories, for root only.
+    pub fn create(&self) -> io::Result<()> {
+        for path in [&self.state, &self.data] {
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(path)
+                .map_err(|e| io::Error::other(format!("{}: {e}", path.display())))?;
+        }
+        Ok(())
+    }
+
+    /// The socket on which the pod process takes requests.
+    pub fn control(&self) -> PathBuf {
+        self.state.join("control.sock")
+    }
+
+    /// The socket that leads to the guest's vsock ports.
+    pub fn vsock(&self) -> PathBuf {
+        self.state.join("vsock.sock")
+    }
+
+    /// The guest's serial console.
+    pub fn console(&self) -> PathBuf {
+        self.state.join("console.log")
+    }
+
+    /// What the pod process itself says.
+    pub fn vmm_log(&self) -> PathBuf {
+        self.state.join("vmm.log")
+    }
+
+    /// Why the machine ended, written by the pod process.
+    pub fn exit(&self) -> PathBuf {
+        self.state.join("exit.json")
+    }
+
+    /// The pod process's ID and start time.
+    pub fn pid(&self) -> PathBuf {
+        self.state.join("vmm.pid")
+    }
+
+    /// The path of the pod's cgroup.
+    pub fn cgroup(&self) -> PathBuf {
+        self.state.join("cgroup")
+    }
+
+    /// The directory that the share shows; the daemon makes mount points here.
+    pub fn share_source(&self) -> PathBuf {
+        self.state.join("share.host")
+    }
+
+    /// The share: a read-only view of [`PodDir::share_source`] with the pod's volumes mounted in it.
+    pub fn share(&self) -> PathBuf {
+        self.state.join("share")
+    }
+
+    /// The disk of the writable layers.
+    pub fn scratch(&self) -> PathBuf {
+        self.data.join("scratch.img")
+    }
+
+    /// The end of the console log, as text; empty if there is none.
+    pub fn console_tail(&self) -> String {
+        tail(&self.console()).unwrap_or_default()
+    }
+
+    /// The end of what the pod process said; empty if it said nothing.
+    pub fn vmm_tail(&self) -> String {
+        tail(&self.vmm_log()).unwrap_or_default()
+    }
+
+    /// Removes all of it. Refuses while anything is mounted there: a volume must never be emptied.
+    pub async fn remove(&self) -> io::Result<()> {
+        let dir = self.clone();
+        tokio::task::spawn_blocking(move || {
+            for path in [&dir.state, &dir.data] {
+                if let Some(mount) = mounted_below(path)? {
+                    return Err(io::Error::other(format!(
+                        "{} is still mounted; unmount it",
+                        mount.display()
+                    )));
+                }
+                match fs::remove_dir_all(path) {
+                    Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                    _ => {}
+                }
+            }
+            Ok(())
+        })
+        .await?
+    }
+}
+
+fn tail(path: &Path) -> io::Result<String> {
+    let mut file = fs::File::open(path)?;
+    let length = file.metadata()?.len();
+    file.seek(SeekFrom::Start(length.saturating_sub(TAIL)))?;
+    let mut bytes = Vec::new();
+    file.take(TAIL).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// A mount point at or below `path`, if there is one.
+pub fn mounted_below(path: &Path) -> io::Result<Option<PathBuf>> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    Ok(mounts
+        .lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .map(|field| PathBuf::from(unescape(field)))
+        .find(|mount| mount.starts_with(path)))
+}
+
+/// Undoes the octal escapes of /proc/self/mountinfo (proc(5)).
+fn unescape(field: &str) -> String {
+    let mut out = Vec::with_capacity(field.len());
+    let bytes = field.as_bytes();
+    let mut i = 0;
+    while let Some(&byte) = bytes.get(i) {
+        let code = (byte == b'\\')
+            .then(|| field.get(i + 1..i + 4))
+            .flatten()
+            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        out.push(code.unwrap_or(byte));
+        i += if code.is_some() { 4 } else { 1 };
+    }
+    String::from_utf8_lossy(&out).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(state: &Path) -> MicroVmConfig {
+        MicroVmConfig {
+            vmm: "/x".into(),
+            kernel: "/x".into(),
+            initramfs: "/x".into(),
+            cmdline_extra: String::new(),
+            uid: 1,
+            gid: 1,
+            state_dir: state.join("s"),
+            data_dir: state.join("d"),
+            cgroup_parent: String::new(),
+            start_timeout: std::time::Duration::from_secs(1),
+        }
+    }
+
+    #[tokio::test]
+    async fn directories_are_made_and_removed() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = PodDir::new(&"a1".repeat(32), &config(temp.path())).unwrap();
+        dir.create().unwrap();
+        fs::write(dir.console(), "x".repeat(5000) + "end").unwrap();
+        assert!(dir.console_tail().ends_with("end"));
+        assert_eq!(dir.console_tail().len() as u64, TAIL);
+        dir.remove().await.unwrap();
+        assert!(!dir.state.exists() && !dir.data.exists());
+        dir.remove().await.unwrap();
+    }
+
+    #[test]
+    fn a_bad_id_and_a_long_path_are_refused() {
+        let temp = tempfile::tempdir().unwrap();
+        assert!(PodDir::new("../../etc", &config(temp.path())).is_err());
+        let long = temp.path().join("l".repeat(90));
+        let error = PodDir::new(&"a1".repeat(32), &config(&long)).unwrap_err();
+        assert!(error.to_string().contains("shorter state_dir"), "{error}");
+    }
+
+    #[test]
+    fn mountinfo_escapes_are_undone() {
+        assert_eq!(unescape(r"/a\040b\134c"), r"/a b\c");
+        assert_eq!(unescape(r"/a\9"), r"/a\9");
+    }
+}

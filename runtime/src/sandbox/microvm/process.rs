@@ -1,0 +1,128 @@
+//! The pod process as the host sees it.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use caisson_vmm_protocol::CONTROL_FD;
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, dup2_raw, setsid};
+
+use super::dir::PodDir;
+use super::{MicroVmConfig, cgroup};
+
+/// Starts `caisson-vmm` in the pod's cgroup, in a session of its own: it outlives the daemon. Returns the
+/// daemon's end of its control socket.
+pub fn start(config: &MicroVmConfig, dir: &PodDir, cgroup_parent: &str) -> io::Result<UnixStream> {
+    let (ours, theirs) = UnixStream::pair()?;
+    let theirs: OwnedFd = theirs.into();
+    let log = fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(dir.vmm_log())?;
+    let mut command = Command::new(&config.vmm);
+    command
+        .env_clear()
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log);
+    let control = theirs.as_raw_fd();
+    // SAFETY: between fork and exec only async-signal-safe system calls are made, on descriptors that the
+    // parent holds open until spawn returns. dup2 clears close-on-exec, and if the socket already is
+    // CONTROL_FD, fcntl does.
+    unsafe {
+        command.pre_exec(move || {
+            setsid()?;
+            if control == CONTROL_FD {
+                let fd = std::os::fd::BorrowedFd::borrow_raw(control);
+                nix::fcntl::fcntl(
+                    fd,
+                    nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()),
+                )?;
+            } else {
+                let fd = std::os::fd::BorrowedFd::borrow_raw(control);
+                let _leaked_to_exec =
+                    std::os::fd::IntoRawFd::into_raw_fd(dup2_raw(fd, CONTROL_FD)?);
+            }
+            Ok(())
+        });
+    }
+    let mut child = command
+        .spawn()
+        .map_err(|e| io::Error::other(format!("{} cannot be run: {e}", config.vmm.display())))?;
+    let placed = note_pid(dir, child.id())
+        .and_then(|()| cgroup::place(dir, config, cgroup_parent, child.id()));
+    if let Err(error) = placed {
+        let _ = child.kill();
+        let _ = child.wait();
+        return Err(error);
+    }
+    // Its end is learnt from the control socket; this thread only keeps it from staying a zombie.
+    std::thread::Builder::new()
+        .name("reap-vmm".into())
+        .stack_size(64 << 10)
+        .spawn(move || child.wait())?;
+    Ok(ours)
+}
+
+/// The pod process's ID, if it still runs. A process ID that was given to another process is not it.
+pub fn find(dir: &PodDir) -> Option<u32> {
+    let noted = fs::read_to_string(dir.pid()).ok()?;
+    let (pid, started) = noted.trim().split_once(' ')?;
+    let pid: u32 = pid.parse().ok()?;
+    (start_time(pid)? == started).then_some(pid)
+}
+
+/// Ends the pod process by force, if it still runs, and waits until it is gone. Idempotent.
+pub async fn end(dir: &PodDir) -> io::Result<()> {
+    for _ in 0..500 {
+        let Some(pid) = find(dir) else { return Ok(()) };
+        let pid = Pid::from_raw(i32::try_from(pid).map_err(io::Error::other)?);
+        match kill(pid, Signal::SIGKILL) {
+            Ok(()) | Err(Errno::ESRCH) => {}
+            Err(e) => return Err(e.into()),
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    Err(io::Error::other(
+        "the pod process is still there 5 s after SIGKILL",
+    ))
+}
+
+fn note_pid(dir: &PodDir, pid: u32) -> io::Result<()> {
+    let started = start_time(pid).ok_or_else(|| io::Error::other("it ended at once"))?;
+    let new = dir.pid().with_extension("new");
+    fs::write(&new, format!("{pid} {started}\n"))?;
+    fs::rename(new, dir.pid())
+}
+
+/// A running process's start time in clock ticks since boot (proc(5), field 22 of stat); `None` for a zombie.
+fn start_time(pid: u32) -> Option<String> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let mut fields = stat.rsplit_once(") ")?.1.split(' ');
+    if matches!(fields.next()?, "Z" | "X") {
+        return None;
+    }
+    fields.nth(18).map(str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn start_times_tell_processes_apart() {
+        let own = start_time(std::process::id()).unwrap();
+        assert!(own.parse::<u64>().unwrap() > 0);
+        assert_eq!(start_time(u32::MAX), None);
+        let mut child = Command::new("true").spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(200));
+        assert_eq!(start_time(child.id()), None, "a zombie has ended");
+        child.wait().unwrap();
+    }
+}

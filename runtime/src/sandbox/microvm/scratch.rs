@@ -1,0 +1,124 @@
+//! The disk of a pod's writable layers: a sparse file with an empty ext4 file system, copied from one that is made
+//! once per size.
+
+use std::fs;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use nix::unistd::{Whence, lseek64};
+
+/// The smallest scratch disk: below it an ext4 file system is mostly its own tables.
+const MIN_BYTES: u64 = 16 << 20;
+
+/// Makes a scratch disk of `bytes` at `path`.
+pub async fn create(data_dir: PathBuf, path: PathBuf, bytes: u64) -> io::Result<()> {
+    tokio::task::spawn_blocking(move || {
+        let template = template(&data_dir, bytes.max(MIN_BYTES))?;
+        copy_sparse(&template, &path)
+    })
+    .await?
+}
+
+/// The empty file system of this size, made now if it is not there.
+fn template(data_dir: &Path, bytes: u64) -> io::Result<PathBuf> {
+    let dir = data_dir.join("scratch");
+    let path = dir.join(format!("{bytes}.ext4"));
+    if path.exists() {
+        return Ok(path);
+    }
+    fs::create_dir_all(&dir)?;
+    let new = tempfile::Builder::new().prefix("new-").tempfile_in(&dir)?;
+    new.as_file().set_len(bytes)?;
+    // No journal: a scratch disk dies with its pod. Inode tables stay holes until they are used.
+    let output = Command::new("mkfs.ext4")
+        .args(["-q", "-F", "-m", "0", "-O", "^has_journal"])
+        .args(["-E", "lazy_itable_init=1,nodiscard,root_owner=0:0"])
+        .arg(new.path())
+        .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
+        .output()
+        .map_err(|e| {
+            io::Error::other(format!("mkfs.ext4 (package e2fsprogs) cannot be run: {e}"))
+        })?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        return Err(io::Error::other(format!(
+            "mkfs.ext4 failed: {}",
+            said.trim()
+        )));
+    }
+    new.as_file().sync_all()?;
+    new.persist(&path).map_err(|e| e.error)?;
+    Ok(path)
+}
+
+/// Copies a file's data and leaves its holes holes.
+fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
+    let source = fs::File::open(from)?;
+    let target = fs::File::create(to)?;
+    let length = source.metadata()?.len();
+    target.set_len(length)?;
+    let mut at: i64 = 0;
+    loop {
+        let start = match lseek64(source.as_fd(), at, Whence::SeekData) {
+            Ok(start) => start,
+            Err(nix::errno::Errno::ENXIO) => return Ok(()),
+            Err(e) => return Err(e.into()),
+        };
+        let end = lseek64(source.as_fd(), start, Whence::SeekHole)?;
+        let (mut read, mut write) = (start, start);
+        while read < end {
+            let left = usize::try_from(end - read).map_err(io::Error::other)?;
+            let n = nix::fcntl::copy_file_range(
+                source.as_fd(),
+                Some(&mut read),
+                target.as_fd(),
+                Some(&mut write),
+                left,
+            )?;
+            if n == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+        }
+        at = end;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{FileExt, MetadataExt};
+
+    #[test]
+    fn holes_stay_holes() {
+        let dir = tempfile::tempdir().unwrap();
+        let (from, to) = (dir.path().join("a"), dir.path().join("b"));
+        let file = fs::File::create(&from).unwrap();
+        file.set_len(64 << 20).unwrap();
+        file.write_all_at(b"head", 0).unwrap();
+        file.write_all_at(b"tail", (32 << 20) + 5).unwrap();
+        copy_sparse(&from, &to).unwrap();
+        let copy = fs::File::open(&to).unwrap();
+        let mut four = [0; 4];
+        copy.read_exact_at(&mut four, (32 << 20) + 5).unwrap();
+        assert_eq!(&four, b"tail");
+        let meta = copy.metadata().unwrap();
+        assert_eq!(meta.len(), 64 << 20);
+        assert!(meta.blocks() * 512 < 1 << 20, "{} blocks", meta.blocks());
+    }
+
+    #[tokio::test]
+    async fn a_disk_has_a_file_system() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = dir.path().join("disk");
+        create(dir.path().to_owned(), disk.clone(), 1)
+            .await
+            .unwrap();
+        let mut magic = [0; 2];
+        let file = fs::File::open(&disk).unwrap();
+        file.read_exact_at(&mut magic, 1024 + 0x38).unwrap();
+        assert_eq!(magic, [0x53, 0xef]);
+        assert_eq!(file.metadata().unwrap().len(), MIN_BYTES);
+    }
+}

@@ -1,0 +1,354 @@
+//! The start of a microVM pod, from an empty directory to an agent that takes containers.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use caisson_proto::agent as proto;
+use caisson_vmm_protocol::{
+    DiskConfig, JailConfig, NetConfig, PROTOCOL_VERSION, Reply, Request, ShareConfig, VmConfig,
+    VsockConfig,
+};
+
+use super::control::{self, Control};
+use super::dir::PodDir;
+use super::share::{GUEST_PATH, Share};
+use super::{Fds, MicroVm, MicroVmConfig, agent, process, scratch};
+use crate::network::PodNetwork;
+use crate::sandbox::{Sandbox, SandboxError, SandboxPlan};
+use crate::timings::Timings;
+
+/// The tag of the virtio-fs share.
+const SHARE_TAG: &str = "caisson";
+/// The serial of the scratch disk.
+const SCRATCH_SERIAL: &str = "caisson-scratch";
+/// The guest's vsock context ID: each machine has a vsock of its own, so all have the same.
+const GUEST_CID: u32 = 3;
+/// The most console output that is kept, in bytes.
+const CONSOLE_LIMIT: u64 = 1 << 20;
+/// How much entropy a guest is given at its start, in bytes.
+const ENTROPY: usize = 64;
+/// How long the agent may take to set up the sandbox.
+const SETUP_TIMEOUT: Duration = Duration::from_secs(60);
+/// The kernel command line: serial console, no time spent on probing what a guest does not have, and a panic
+/// ends the machine.
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=t i8042.noaux i8042.nomux i8042.dumbkbd \
+                       tsc=reliable no_timer_check random.trust_cpu=on cryptomgr.notests";
+
+impl MicroVm {
+    /// Makes the pod's directory, share and disk, starts its pod process, boots the guest and lets the agent
+    /// set up the sandbox. The steps depend on each other in this order: the machine is built from descriptors of
+    /// what the first ones made, and the agent answers only in a running guest.
+    ///
+    /// If a step fails everything is taken back, the plan's network excepted, which is the caller's.
+    ///
+    /// # Errors
+    /// [`SandboxError::Start`] with the step that failed and why.
+    pub async fn start(
+        plan: &SandboxPlan,
+        config: &MicroVmConfig,
+        timings: Timings,
+    ) -> Result<Self, SandboxError> {
+        let error = |step| {
+            move |cause: io::Error| SandboxError::Start {
+                id: plan.id.clone(),
+                step,
+                cause: cause.to_string(),
+            }
+        };
+        let dir = PodDir::new(&plan.id, config)?;
+        let share = Share::new(&plan.id, &dir);
+        let result = async {
+            let parts = timings
+                .step(
+                    "prepare share and disk",
+                    prepare(plan, config, &dir, &share),
+                )
+                .await
+                .map_err(error("prepare the share and disk"))?;
+            let boot_began = timings.elapsed();
+            timings
+                .step("start caisson-vmm", boot(plan, config, &dir, parts))
+                .await
+                .map_err(error("boot the virtual machine"))?;
+            let control = Control::watch(&plan.id, &dir).await;
+            timings
+                .step(
+                    "boot guest",
+                    wait_for_agent(&control, &dir, config.start_timeout),
+                )
+                .await
+                .map_err(error("boot the guest"))?;
+            let vm = Self {
+                id: plan.id.clone(),
+                agent: agent::client(dir.vsock()),
+                share: share.clone(),
+                control,
+                dir: dir.clone(),
+                timings: timings.clone(),
+            };
+            timings
+                .step("set up sandbox in guest", set_up(&vm, plan))
+                .await
+                .map_err(error("set up the sandbox in the guest"))?;
+            vm.note_spans(boot_began).await;
+            Ok(vm)
+        }
+        .await;
+        if result.is_err() {
+            Self::undo(plan, config).await;
+        }
+        result
+    }
+
+    async fn undo(plan: &SandboxPlan, config: &MicroVmConfig) {
+        let undone = async {
+            // Found by what is on disk, as after a crash of the daemon at the same point.
+            Self::recover(&plan.id, config).await?.remove().await
+        };
+        if let Err(error) = undone.await {
+            tracing::warn!(pod = plan.id, %error, "the half-made pod could not be removed");
+        }
+    }
+
+    /// Adds the pod process's own steps to the pod's.
+    async fn note_spans(&self, began: Duration) {
+        let Ok(status) = self.control.status().await else {
+            return;
+        };
+        for span in status.timings.iter().take(64) {
+            let name: String = span.step.chars().take(64).collect();
+            self.timings.note(
+                &format!("vmm: {name}"),
+                began + Duration::from_micros(span.start_us),
+                Duration::from_micros(span.duration_us),
+            );
+        }
+    }
+}
+
+/// What the machine is built from.
+struct Parts {
+    share_root: OwnedFd,
+    scratch: File,
+}
+
+async fn prepare(
+    plan: &SandboxPlan,
+    config: &MicroVmConfig,
+    dir: &PodDir,
+    share: &Share,
+) -> io::Result<Parts> {
+    dir.create()?;
+    let share_root = share.create()?;
+    scratch::create(config.data_dir.clone(), dir.scratch(), plan.scratch_bytes).await?;
+    let scratch = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(dir.scratch())?;
+    Ok(Parts {
+        share_root,
+        scratch,
+    })
+}
+
+/// Starts the pod process, hands it all it needs and lets it run the machine.
+async fn boot(
+    plan: &SandboxPlan,
+    config: &MicroVmConfig,
+    dir: &PodDir,
+    parts: Parts,
+) -> io::Result<()> {
+    let kvm = open_named(
+        Path::new("/dev/kvm"),
+        OpenOptions::new().read(true).write(true),
+        "; this node cannot run microVMs: see `caisson doctor`",
+    )?;
+    let kernel = open_named(&config.kernel, OpenOptions::new().read(true), "")?;
+    let initramfs = open_named(&config.initramfs, OpenOptions::new().read(true), "")?;
+    let console = private(&dir.console(), true)?;
+    let exit_file = private(&dir.exit(), false)?;
+    let control_listener = UnixListener::bind(dir.control())?;
+    let vsock_listener = UnixListener::bind(dir.vsock())?;
+
+    let mut fds = Fds::default();
+    let vm = VmConfig {
+        version: PROTOCOL_VERSION,
+        id: plan.id.clone(),
+        vcpus: plan.vcpus,
+        memory_mib: plan.memory_mib,
+        kvm: fds.push(&kvm),
+        kernel: fds.push(&kernel),
+        initramfs: Some(fds.push(&initramfs)),
+        cmdline: format!("{CMDLINE} {}", config.cmdline_extra),
+        console: fds.push(&console),
+        console_limit: CONSOLE_LIMIT,
+        control_listener: Some(fds.push(&control_listener)),
+        exit_file: Some(fds.push(&exit_file)),
+        disks: vec![DiskConfig {
+            serial: SCRATCH_SERIAL.into(),
+            file: fds.push(&parts.scratch),
+            read_only: false,
+        }],
+        nets: net(plan.network.as_ref(), &mut fds)?,
+        share: Some(ShareConfig {
+            tag: SHARE_TAG.into(),
+            root: fds.push(&parts.share_root),
+        }),
+        vsock: Some(VsockConfig {
+            cid: GUEST_CID,
+            listener: Some(fds.push(&vsock_listener)),
+        }),
+        jail: Some(JailConfig {
+            uid: config.uid,
+            gid: config.gid,
+        }),
+    };
+    let (config, parent) = (config.clone(), plan.cgroup_parent.clone());
+    let (dir, network) = (dir.clone(), plan.network.clone());
+    let reply = tokio::task::spawn_blocking(move || {
+        let socket = process::start(&config, &dir, &parent)?;
+        let reply = control::exchange(socket, &Request::Boot(Box::new(vm)), &fds.0);
+        // The descriptors are lent until the pod process has its own.
+        drop((kvm, kernel, initramfs, console, exit_file, parts, network));
+        drop((control_listener, vsock_listener));
+        reply.map_err(|e| died(&dir, &e))
+    })
+    .await??;
+    match reply {
+        Reply::Done => Ok(()),
+        Reply::Error { message } => Err(io::Error::other(message)),
+        Reply::Status(_) => Err(io::Error::other(control::ControlError::Confused)),
+    }
+}
+
+fn net(network: Option<&PodNetwork>, fds: &mut Fds) -> io::Result<Vec<NetConfig>> {
+    let Some(network) = network else {
+        return Ok(Vec::new());
+    };
+    let tap = network
+        .tap
+        .as_ref()
+        .ok_or_else(|| io::Error::other("the pod's network has no tap"))?;
+    Ok(vec![NetConfig {
+        tap: fds.push(tap.as_ref()),
+        mac: network.interface.mac.clone(),
+        mtu: u16::try_from(network.interface.mtu).unwrap_or(u16::MAX),
+    }])
+}
+
+/// A pod process that did not answer has often said why.
+fn died(dir: &PodDir, error: &control::ControlError) -> io::Error {
+    let said = dir.vmm_tail();
+    let said = said.trim();
+    if said.is_empty() {
+        io::Error::other(error.to_string())
+    } else {
+        io::Error::other(format!("{error}; caisson-vmm said: {said}"))
+    }
+}
+
+async fn wait_for_agent(control: &Control, dir: &PodDir, limit: Duration) -> io::Result<()> {
+    if control.agent_ready(limit).await {
+        return Ok(());
+    }
+    let why = match control.ended().borrow().as_ref() {
+        Some(reason) => control::sentence(reason),
+        None => format!("its agent did not answer within {} s", limit.as_secs()),
+    };
+    let console = dir.console_tail();
+    let lines: Vec<_> = console.trim().lines().rev().take(5).collect();
+    let last: Vec<_> = lines.into_iter().rev().map(str::trim).collect();
+    Err(io::Error::other(if last.is_empty() {
+        format!("{why}, and its console is empty")
+    } else {
+        format!("{why}; its console ends with: {}", last.join(" / "))
+    }))
+}
+
+async fn set_up(vm: &MicroVm, plan: &SandboxPlan) -> io::Result<()> {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_err(io::Error::other)?;
+    let mut entropy = vec![0; ENTROPY];
+    rand::RngCore::fill_bytes(&mut rand::rng(), &mut entropy);
+    let (interfaces, routes) = network(plan.network.as_ref());
+    let request = proto::SetupSandboxRequest {
+        hostname: plan.hostname.clone(),
+        dns_servers: plan.dns.servers.clone(),
+        dns_searches: plan.dns.searches.clone(),
+        dns_options: plan.dns.options.clone(),
+        interfaces,
+        routes,
+        shared_mounts: vec![proto::SharedMount {
+            tag: SHARE_TAG.into(),
+            path: GUEST_PATH.into(),
+            read_only: false,
+        }],
+        scratch: Some(proto::Scratch {
+            disk_serial: SCRATCH_SERIAL.into(),
+            tmpfs_size_bytes: 0,
+        }),
+        sysctls: plan.sysctls.iter().cloned().collect(),
+        unix_time_ns: i64::try_from(now.as_nanos()).map_err(io::Error::other)?,
+        entropy,
+        shared_pid_namespace: plan.shared_pid_namespace,
+    };
+    let mut agent = vm.agent();
+    tokio::time::timeout(SETUP_TIMEOUT, agent.setup_sandbox(request))
+        .await
+        .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
+        .map_err(|status| io::Error::other(status.message().to_owned()))?;
+    Ok(())
+}
+
+/// The network as the agent is told it.
+fn network(network: Option<&PodNetwork>) -> (Vec<proto::Interface>, Vec<proto::Route>) {
+    let Some(network) = network else {
+        return (Vec::new(), Vec::new());
+    };
+    let own = &network.interface;
+    let interface = proto::Interface {
+        mac: own.mac.clone(),
+        name: own.name.clone(),
+        mtu: own.mtu,
+        addresses: own
+            .addresses
+            .iter()
+            .map(|(ip, prefix)| format!("{ip}/{prefix}"))
+            .collect(),
+    };
+    let routes = network
+        .routes
+        .iter()
+        .map(|route| proto::Route {
+            destination: format!("{}/{}", route.destination.0, route.destination.1),
+            gateway: route.gateway.map(|g| g.to_string()).unwrap_or_default(),
+            device: own.name.clone(),
+            priority: route.priority,
+            mtu: 0,
+        })
+        .collect();
+    (vec![interface], routes)
+}
+
+fn open_named(path: &Path, options: &OpenOptions, hint: &str) -> io::Result<File> {
+    options
+        .open(path)
+        .map_err(|e| io::Error::other(format!("{} cannot be opened ({e}){hint}", path.display())))
+}
+
+/// A new file for root only.
+fn private(path: &Path, append: bool) -> io::Result<File> {
+    let _ = fs::remove_file(path);
+    OpenOptions::new()
+        .create_new(true)
+        .append(append)
+        .write(true)
+        .mode(0o600)
+        .open(path)
+}
