@@ -1,3 +1,144 @@
 //! `caisson-agent`: PID 1 of a pod's guest.
+//!
+//! As PID 1 it boots the guest and serves on vsock. With `--listen unix:PATH --stream-listen unix:PATH` it serves
+//! the same on unix sockets, without touching the system before it is asked to. The engine and the sandbox start
+//! the binary again for processes of their own; their names come as its first argument.
 
-fn main() {}
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use caisson_agent::reaper::Reaper;
+use caisson_agent::sandbox::{self, pidns};
+use caisson_agent::service::{self, Ending, Pod, shutdown};
+use caisson_agent::streams;
+use caisson_agent::vsock::{self, GRPC_PORT, Listener, STREAM_PORT};
+use caisson_agent::{boot, engine, error, info};
+use tokio::signal::unix::{SignalKind, signal};
+
+const USAGE: &str = "usage: caisson-agent --listen unix:PATH --stream-listen unix:PATH\n       (or no arguments, as PID 1 of a guest)";
+
+/// Threads for what blocks: containers being made, and statistics being read.
+const BLOCKING_THREADS: usize = 64;
+
+/// Where to serve.
+enum Mode {
+    Guest,
+    Unix { grpc: String, streams: String },
+}
+
+fn main() -> ExitCode {
+    let started = Instant::now();
+    let arguments: Vec<String> = std::env::args_os()
+        .map(|argument| argument.to_string_lossy().into_owned())
+        .collect();
+    match arguments.get(1).map(String::as_str) {
+        Some(engine::INIT) => engine::init_main(),
+        Some(pidns::PAUSE) => return finish(pidns::main()),
+        _ => {}
+    }
+    let Some(mode) = mode(arguments.get(1..).unwrap_or_default()) else {
+        eprintln!("{USAGE}");
+        return ExitCode::from(2);
+    };
+    // One heap for all threads: the agent is mostly idle, and small.
+    // SAFETY: mallopt takes numbers only, and no other thread runs yet.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+    if matches!(mode, Mode::Guest)
+        && let Err(error) = boot::boot()
+    {
+        // PID 1 ends, the kernel panics, and the host reads both in the serial log.
+        error!("boot: {error}");
+        return ExitCode::FAILURE;
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(BLOCKING_THREADS)
+        .thread_keep_alive(Duration::from_secs(2))
+        .thread_stack_size(1 << 20)
+        .build();
+    match runtime {
+        Ok(runtime) => finish(runtime.block_on(run(mode, started))),
+        Err(error) => finish(Err(error)),
+    }
+}
+
+fn finish(result: std::io::Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            error!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn mode(arguments: &[String]) -> Option<Mode> {
+    let (mut grpc, mut streams) = (None, None);
+    let mut rest = arguments.iter();
+    while let Some(argument) = rest.next() {
+        let place = match argument.as_str() {
+            "--listen" => &mut grpc,
+            "--stream-listen" => &mut streams,
+            // The kernel hands PID 1 the words of its command line that it does not know itself.
+            _ if std::process::id() == 1 => continue,
+            _ => return None,
+        };
+        *place = Some(rest.next()?.strip_prefix("unix:")?.to_owned());
+    }
+    match (grpc, streams) {
+        (Some(grpc), Some(streams)) => Some(Mode::Unix { grpc, streams }),
+        (None, None) if std::process::id() == 1 => Some(Mode::Guest),
+        _ => None,
+    }
+}
+
+/// Serves until the pod ends.
+async fn run(mode: Mode, started: Instant) -> std::io::Result<()> {
+    let reaper = Reaper::new();
+    let (ending, grpc, raw) = match &mode {
+        Mode::Guest => (
+            Ending::PowerOff,
+            Listener::vsock(GRPC_PORT)?,
+            Listener::vsock(STREAM_PORT)?,
+        ),
+        Mode::Unix { grpc, streams } => {
+            // Orphans of containers come to this process, although it is not PID 1.
+            nix::sys::prctl::set_child_subreaper(true)?;
+            (
+                Ending::Exit,
+                Listener::unix(grpc)?,
+                Listener::unix(streams)?,
+            )
+        }
+    };
+    let pod = Pod::new(started, reaper.clone(), ending);
+    service::watch(&pod);
+    let reaping = tokio::spawn(reaper.run());
+    let streaming = tokio::spawn(streams::listen(raw, pod.clone()));
+    let serving = tokio::spawn(service::serve(grpc, pod.clone()));
+    info!(
+        "version {} ready after {} ms",
+        env!("CARGO_PKG_VERSION"),
+        started.elapsed().as_millis()
+    );
+    if ending == Ending::PowerOff {
+        tokio::spawn(vsock::knock());
+    }
+    let mut terminate = signal(SignalKind::terminate())?;
+    let asked_to_end = async {
+        terminate.recv().await;
+        shutdown::run(&pod, shutdown::DEFAULT_GRACE).await;
+        std::future::pending::<()>().await;
+    };
+    // None of these ends while the agent is well.
+    tokio::select! {
+        result = serving => Err(std::io::Error::other(format!("the gRPC server has ended: {result:?}"))),
+        result = streaming => Err(std::io::Error::other(format!("the stream server has ended: {result:?}"))),
+        result = reaping => Err(std::io::Error::other(format!("the reaper has ended: {result:?}"))),
+        () = asked_to_end => Ok(()),
+        () = pod.ended.notified() => {
+            sandbox::tear_down();
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! PID 1's first steps: from the kernel's hand-over in the initramfs to a system that containers can run on.
+//!
+//! Each millisecond here is one of every pod's start, so that nothing is done twice or in case.
+
+use std::fs;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::mount::{MsFlags, mount};
+use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+use nix::unistd::{chdir, chroot};
+use thiserror::Error;
+
+use crate::log::{self, Level};
+use crate::{paths, warn};
+
+/// Why the guest could not be brought up.
+#[derive(Debug, Error)]
+#[error("{step}: {error}")]
+pub struct BootError {
+    step: String,
+    error: io::Error,
+}
+
+fn step<T, E: Into<io::Error>>(
+    result: Result<T, E>,
+    step: impl FnOnce() -> String,
+) -> Result<T, BootError> {
+    result.map_err(|error| BootError {
+        step: step(),
+        error: error.into(),
+    })
+}
+
+/// The root directory moves to this bind mount of itself.
+const NEW_ROOT: &str = "/.root";
+
+/// Files per process: the kernel's own limit for what PID 1 starts would be 4096.
+const FILES_MAX: u64 = 1 << 20;
+
+/// Kernel parameters that differ from the kernel's defaults. One that is not there is no error: the kernel
+/// decides what it has.
+const SYSCTLS: [(&str, &str); 7] = [
+    // PIDs are not used again soon.
+    ("kernel/pid_max", "4194304"),
+    // As on any Kubernetes node: an allocation fails by the cgroup's limit and not by a guess.
+    ("vm/overcommit_memory", "1"),
+    ("net/ipv4/ping_group_range", "0 2147483647"),
+    ("fs/inotify/max_user_watches", "524288"),
+    ("fs/inotify/max_user_instances", "8192"),
+    ("kernel/keys/root_maxkeys", "1000000"),
+    ("kernel/keys/root_maxbytes", "25000000"),
+];
+
+/// Brings the guest up.
+///
+/// # Errors
+/// The first step that failed. There is nothing to fall back to.
+pub fn boot() -> Result<(), BootError> {
+    movable_root()?;
+    for directory in ["/dev", "/proc", "/sys", "/run", "/tmp"] {
+        make_directory(directory)?;
+    }
+    let hardened = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    let strict = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    attach("proc", "/proc", hardened, None)?;
+    set_log_level();
+    attach("sysfs", "/sys", hardened, None)?;
+    attach("devtmpfs", "/dev", MsFlags::MS_NOSUID, Some("mode=0755"))?;
+    attach("tmpfs", "/run", strict, Some("mode=0755"))?;
+    for directory in ["/dev/pts", "/dev/shm", "/dev/mqueue", "/tmp", paths::BASE] {
+        make_directory(directory)?;
+    }
+    attach(
+        "devpts",
+        "/dev/pts",
+        MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC,
+        Some("ptmxmode=0666,mode=0620,gid=5"),
+    )?;
+    attach("tmpfs", "/dev/shm", strict, Some("mode=1777"))?;
+    attach("mqueue", "/dev/mqueue", hardened, None)?;
+    attach(
+        "cgroup2",
+        paths::CGROUP,
+        hardened,
+        Some("nsdelegate,memory_recursiveprot"),
+    )?;
+    enable_controllers()?;
+    for (name, target) in [
+        ("fd", "/proc/self/fd"),
+        ("stdin", "fd/0"),
+        ("stdout", "fd/1"),
+        ("stderr", "fd/2"),
+    ] {
+        match symlink(target, Path::new("/dev").join(name)) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return step(Err(error), || format!("link /dev/{name}"));
+            }
+            _ => {}
+        }
+    }
+    for (name, value) in SYSCTLS {
+        let _ = fs::write(Path::new("/proc/sys").join(name), value);
+    }
+    step(
+        setrlimit(Resource::RLIMIT_NOFILE, FILES_MAX, FILES_MAX),
+        || format!("set the limit of open files to {FILES_MAX}"),
+    )?;
+    step(loopback_up(), || "bring lo up".into())
+}
+
+/// Makes the root a mount that `pivot_root` can replace: the initial one, where the kernel unpacks the
+/// initramfs, cannot be (pivot_root(2)). A bind mount of it on top of itself can, and costs no copy.
+fn movable_root() -> Result<(), BootError> {
+    make_directory(NEW_ROOT)?;
+    step(
+        mount(
+            Some("/"),
+            NEW_ROOT,
+            None::<&str>,
+            MsFlags::MS_BIND,
+            None::<&str>,
+        ),
+        || format!("bind / on {NEW_ROOT}"),
+    )?;
+    step(chdir(NEW_ROOT), || format!("enter {NEW_ROOT}"))?;
+    step(
+        mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>),
+        || "move the new root to /".into(),
+    )?;
+    step(chroot("."), || "change the root".into())?;
+    step(chdir("/"), || "enter the root".into())
+}
+
+fn make_directory(path: &str) -> Result<(), BootError> {
+    match fs::create_dir(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            step(Err(error), || format!("create directory {path}"))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn attach(kind: &str, path: &str, flags: MsFlags, options: Option<&str>) -> Result<(), BootError> {
+    step(mount(Some(kind), path, Some(kind), flags, options), || {
+        format!("mount {kind} on {path}")
+    })
+}
+
+/// Reads `caisson.log=` from the kernel's command line. The kernel's own messages are kept to warnings, unless
+/// somebody is looking for something.
+fn set_log_level() {
+    let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    let value = line
+        .split_ascii_whitespace()
+        .find_map(|word| word.strip_prefix("caisson.log="));
+    if let Some(value) = value {
+        match Level::parse(value) {
+            Some(level) => log::set_level(level),
+            None => warn!("caisson.log={value} is not error, warn, info or debug"),
+        }
+    }
+    if value != Some("debug") {
+        // syslog(2): SYSLOG_ACTION_CONSOLE_LEVEL
+        // SAFETY: this action takes a level in place of a length and no buffer.
+        unsafe { libc::klogctl(8, std::ptr::null_mut(), 5) };
+    }
+}
+
+/// Gives every controller to the root's children, so that containers' cgroups can have limits.
+///
+/// # Errors
+/// If the cgroup file system does not take it.
+pub fn enable_controllers() -> Result<(), BootError> {
+    let root = Path::new(paths::CGROUP);
+    let list = step(fs::read_to_string(root.join("cgroup.controllers")), || {
+        "read cgroup.controllers".into()
+    })?;
+    let wanted: Vec<String> = list
+        .split_ascii_whitespace()
+        .map(|name| format!("+{name}"))
+        .collect();
+    let control = root.join("cgroup.subtree_control");
+    step(fs::write(&control, wanted.join(" ")), || {
+        format!("enable {} in {}", wanted.join(" "), control.display())
+    })
+}
+
+/// Brings the loopback interface up; its addresses come with it.
+fn loopback_up() -> io::Result<()> {
+    let socket = socket(
+        AddressFamily::Inet,
+        SockType::Datagram,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
+    // SAFETY: all zeroes is a valid ifreq.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (place, byte) in request.ifr_name.iter_mut().zip(b"lo") {
+        *place = *byte as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+    // SAFETY: the socket is open and the kernel reads one ifreq.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &request) };
+    Errno::result(result)?;
+    Ok(())
+}

@@ -1,0 +1,132 @@
+//! Makes the guest the pod: everything `SetupSandbox` asks for, checked first and then done in order.
+
+mod clock;
+mod dns;
+mod netlink;
+mod network;
+pub mod pidns;
+mod plan;
+mod storage;
+mod sysctl;
+
+use std::io;
+use std::net::{AddrParseError, IpAddr};
+use std::path::Path;
+
+use thiserror::Error;
+
+pub use plan::Plan;
+
+use crate::paths;
+
+/// Why the sandbox could not be set up.
+#[derive(Debug, Error)]
+pub enum SandboxError {
+    /// The request itself is wrong; nothing has been done.
+    #[error("{field}: {reason}")]
+    Invalid {
+        /// The request's field.
+        field: &'static str,
+        /// What is wrong with it, and what is expected.
+        reason: String,
+    },
+    /// A step failed in the guest.
+    #[error("{step}: {error}")]
+    Step {
+        /// What was to be done, on what.
+        step: String,
+        /// What the kernel said.
+        error: io::Error,
+    },
+}
+
+impl SandboxError {
+    fn invalid(field: &'static str, reason: impl Into<String>) -> Self {
+        Self::Invalid {
+            field,
+            reason: reason.into(),
+        }
+    }
+}
+
+/// Names the step that failed.
+trait Context<T> {
+    fn context(self, step: impl FnOnce() -> String) -> Result<T, SandboxError>;
+}
+
+impl<T, E: Into<io::Error>> Context<T> for Result<T, E> {
+    fn context(self, step: impl FnOnce() -> String) -> Result<T, SandboxError> {
+        self.map_err(|error| SandboxError::Step {
+            step: step(),
+            error: error.into(),
+        })
+    }
+}
+
+/// Sets the sandbox up. Blocks; a failure leaves a guest that is of no use.
+///
+/// Entropy and clock come first: whatever runs later may use them.
+///
+/// # Errors
+/// The first step that failed.
+pub fn set_up(plan: &Plan) -> Result<(), SandboxError> {
+    clock::add_entropy(&plan.entropy)?;
+    if let Some(time) = plan.unix_time_ns {
+        clock::set(time)?;
+    }
+    sysctl::apply(&plan.sysctls)?;
+    if !plan.hostname.is_empty() {
+        nix::unistd::sethostname(&plan.hostname)
+            .context(|| format!("set hostname {}", plan.hostname))?;
+    }
+    create_dir(paths::SANDBOX)?;
+    storage::mount_shared(&plan.shared_mounts)?;
+    storage::mount_scratch(&plan.scratch)?;
+    storage::mount_shm()?;
+    network::configure(&plan.interfaces, &plan.routes)?;
+    dns::write(plan)?;
+    if plan.shared_pid_namespace {
+        pidns::create()?;
+    }
+    Ok(())
+}
+
+/// Undoes the mounts, when the agent ends outside of a guest that ends with it.
+pub fn tear_down() {
+    pidns::remove();
+    storage::unmount_all();
+}
+
+fn create_dir(path: impl AsRef<Path>) -> Result<(), SandboxError> {
+    let path = path.as_ref();
+    std::fs::create_dir_all(path).context(|| format!("create directory {}", path.display()))
+}
+
+/// An address in CIDR notation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cidr {
+    /// The address, host part included.
+    pub address: IpAddr,
+    /// The length of the network's prefix in bits.
+    pub prefix: u8,
+}
+
+impl Cidr {
+    /// Parses `address/prefix`.
+    ///
+    /// # Errors
+    /// A sentence that quotes what it cannot read.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let bad = || format!("{text:?} is not an address in CIDR notation, such as 10.0.0.2/24");
+        let (address, prefix) = text.split_once('/').ok_or_else(bad)?;
+        let address: IpAddr = address.parse().map_err(|_: AddrParseError| bad())?;
+        let bits = if address.is_ipv4() { 32 } else { 128 };
+        if prefix.is_empty() || !prefix.bytes().all(|byte| byte.is_ascii_digit()) {
+            return Err(bad());
+        }
+        match prefix.parse() {
+            Ok(prefix) if prefix <= bits => Ok(Self { address, prefix }),
+            _ => Err(bad()),
+        }
+    }
+}

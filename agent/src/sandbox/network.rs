@@ -1,0 +1,86 @@
+//! Interfaces and routes of the pod.
+
+use std::io;
+
+use nix::net::if_::if_nametoindex;
+
+use super::netlink::Netlink;
+use super::plan::{Interface, Route};
+use super::{Context, SandboxError};
+
+/// Names, addresses and brings up the interfaces, then adds the routes.
+pub fn configure(interfaces: &[Interface], routes: &[Route]) -> Result<(), SandboxError> {
+    if interfaces.is_empty() && routes.is_empty() {
+        return Ok(());
+    }
+    let mut netlink = Netlink::open().context(|| "open rtnetlink".into())?;
+    let mut indices = Vec::new();
+    for (number, interface) in interfaces.iter().enumerate() {
+        let current =
+            find(&interface.mac).context(|| format!("find the device of {}", interface.name))?;
+        let index = index_of(&current)?;
+        // Two devices may have to swap names: first get everyone out of the way.
+        if current != interface.name {
+            netlink
+                .rename(index, &format!("caisson-tmp{number}"))
+                .context(|| format!("rename {current}"))?;
+        }
+        indices.push((index, current != interface.name));
+    }
+    for (interface, (index, renamed)) in interfaces.iter().zip(indices) {
+        let name = &interface.name;
+        if renamed {
+            netlink
+                .rename(index, name)
+                .context(|| format!("name a device {name}"))?;
+        }
+        if let Some(mtu) = interface.mtu {
+            netlink
+                .set_mtu(index, mtu)
+                .context(|| format!("set the MTU of {name} to {mtu}"))?;
+        }
+        // No address by advertisement: the pod has those that CNI gave it.
+        let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/accept_ra"), "0");
+        netlink
+            .set_up(index)
+            .context(|| format!("bring {name} up"))?;
+        for &address in &interface.addresses {
+            netlink
+                .add_address(index, address)
+                .context(|| format!("add {}/{} to {name}", address.address, address.prefix))?;
+        }
+    }
+    for route in routes {
+        let index = index_of(&route.device)?;
+        let destination = route.destination;
+        netlink
+            .add_route(index, destination, route.gateway, route.priority, route.mtu)
+            .context(|| {
+                format!(
+                    "add the route to {}/{} on {}",
+                    destination.address, destination.prefix, route.device
+                )
+            })?;
+    }
+    Ok(())
+}
+
+/// The name of the device with this MAC.
+fn find(mac: &[u8; 6]) -> io::Result<String> {
+    let wanted = mac.map(|byte| format!("{byte:02x}")).join(":");
+    for entry in std::fs::read_dir("/sys/class/net")? {
+        let entry = entry?;
+        let address = std::fs::read_to_string(entry.path().join("address")).unwrap_or_default();
+        if address.trim_end() == wanted {
+            return Ok(entry.file_name().to_string_lossy().into_owned());
+        }
+    }
+    Err(io::Error::new(
+        io::ErrorKind::NotFound,
+        format!("no network device has the MAC {wanted}"),
+    ))
+}
+
+fn index_of(name: &str) -> Result<u32, SandboxError> {
+    if_nametoindex(name).context(|| format!("find the network device {name}"))
+}

@@ -1,0 +1,148 @@
+//! CreateContainer, StartContainer, UpdateContainer, RemoveContainer.
+
+use std::path::PathBuf;
+use std::sync::{Arc, PoisonError};
+
+use caisson_proto::agent::CreateContainerRequest;
+
+use super::blocking;
+use super::container::{Container, Phase, Process};
+use super::error::ServiceError;
+use super::exits;
+use super::pod::{Pod, Reservation};
+use super::stdio::{Streams, Wanted};
+use crate::engine::spec::{LinuxResources, Spec};
+use crate::engine::{self, RootFs};
+use crate::{info, warn};
+
+const LAYERS_MAX: usize = 127;
+
+/// Makes a container and gives its process's PID.
+pub async fn create(pod: Arc<Pod>, request: CreateContainerRequest) -> Result<i32, ServiceError> {
+    let id = request.container_id.clone();
+    let reservation = pod.reserve(&id)?;
+    let layers = request
+        .rootfs
+        .as_ref()
+        .map_or(0, |rootfs| rootfs.layers.len());
+    if !(1..=LAYERS_MAX).contains(&layers) {
+        return Err(ServiceError::Argument {
+            field: "rootfs.layers",
+            reason: format!("has {layers} layers, 1 to {LAYERS_MAX} are possible"),
+        });
+    }
+    let window = pod.reaper.spawning();
+    let (engine, init) = blocking(move || make(request)).await??;
+    let exit = window.claim(init.pid);
+    drop(window);
+    let pid = init.pid;
+    let container = Container::new(id, engine, init);
+    if let Some(oom) = &pod.oom {
+        oom.add(&container);
+    }
+    exits::watch_init(pod.clone(), container.clone(), exit);
+    info!("container {} created, process {pid}", container.id);
+    fulfil(reservation, container);
+    Ok(pid)
+}
+
+fn fulfil(reservation: Reservation, container: Arc<Container>) {
+    reservation.fulfil(container);
+}
+
+/// The blocking part of [`create`]: undone as a whole if a step of it fails.
+fn make(
+    request: CreateContainerRequest,
+) -> Result<(engine::Container, Arc<Process>), ServiceError> {
+    let spec = Spec::parse(&request.spec_json)?;
+    let wanted = Wanted {
+        stdin: request.stdin,
+        stdout: true,
+        stderr: true,
+    };
+    let (pipes, stdio) = Streams::pipes(wanted).map_err(|error| ServiceError::Io {
+        step: "make the pipes of the standard streams",
+        error,
+    })?;
+    let layers = request.rootfs.unwrap_or_default().layers;
+    let rootfs = RootFs {
+        layers: layers.into_iter().map(PathBuf::from).collect(),
+    };
+    let (mut container, master) =
+        engine::Container::create(&request.container_id, spec, rootfs, stdio)?;
+    let streams = match master.map(Streams::terminal).transpose() {
+        Ok(terminal) => terminal.unwrap_or(pipes),
+        Err(error) => {
+            if let Err(error) = container.destroy() {
+                warn!("undo container {}: {error}", request.container_id);
+            }
+            return Err(ServiceError::Io {
+                step: "take the terminal",
+                error,
+            });
+        }
+    };
+    let init = Process::new(container.pid(), streams);
+    Ok((container, init))
+}
+
+/// Runs an engine call that shares the container with others, off the event loop.
+pub async fn with_engine<T: Send + 'static>(
+    container: &Arc<Container>,
+    call: impl FnOnce(&engine::Container) -> Result<T, engine::EngineError> + Send + 'static,
+) -> Result<T, ServiceError> {
+    let container = container.clone();
+    let result = blocking(move || {
+        let engine = container
+            .engine
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        call(&engine)
+    });
+    Ok(result.await??)
+}
+
+/// Lets a created container's process run.
+pub async fn start(pod: Arc<Pod>, id: String) -> Result<(), ServiceError> {
+    let container = pod.container(&id)?;
+    container.begin_start()?;
+    let result = with_engine(&container, engine::Container::start).await;
+    // A failed start ends the process: its exit is what the daemon sees next.
+    container.set_phase(Phase::Running);
+    if result.is_ok() {
+        info!("container {id} started");
+    }
+    result
+}
+
+/// Changes a container's limits.
+pub async fn update(pod: Arc<Pod>, id: String, resources: Vec<u8>) -> Result<(), ServiceError> {
+    let container = pod.container(&id)?;
+    let resources = LinuxResources::parse(&resources)?;
+    with_engine(&container, move |engine| engine.update(&resources)).await
+}
+
+/// Ends, unmounts and forgets a container; one that is not there is not an error.
+pub async fn remove(pod: Arc<Pod>, id: String) -> Result<(), ServiceError> {
+    super::validate::container_id(&id)?;
+    let Some(container) = pod.take_for_removal(&id).await else {
+        return Ok(());
+    };
+    let destroyed = blocking(move || {
+        let mut engine = container
+            .engine
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        engine.destroy()
+    });
+    let result = match destroyed.await {
+        Ok(result) => result.map_err(ServiceError::from),
+        Err(error) => Err(error),
+    };
+    pod.end_removal(&id, result.is_ok());
+    match &result {
+        Ok(()) => info!("container {id} removed"),
+        Err(error) => warn!("remove container {id}: {error}"),
+    }
+    result
+}

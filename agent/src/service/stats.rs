@@ -1,0 +1,169 @@
+//! Stats: of each container in a blocking task of its own, so that a slow cgroup holds up its own reading only.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use caisson_proto::agent::{ContainerStats, InterfaceStats, SandboxStats, StatsResponse};
+
+use super::blocking;
+use super::container::Container;
+use super::containers::with_engine;
+use super::error::ServiceError;
+use super::pod::Pod;
+use crate::reaper::unix_time_ns;
+use crate::{engine, paths, warn};
+
+/// How long one container's reading may take before the answer leaves it out.
+const TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Reads the resource use of the containers named, or of all.
+pub async fn read(pod: &Pod, ids: Vec<String>) -> Result<StatsResponse, ServiceError> {
+    let containers = if ids.is_empty() {
+        pod.containers()
+    } else {
+        let named: BTreeMap<_, _> = ids.into_iter().map(|id| (id, ())).collect();
+        named
+            .into_keys()
+            .map(|id| pod.container(&id))
+            .collect::<Result<_, _>>()?
+    };
+    let readings = containers.iter().map(container_stats);
+    let readings = futures::future::join_all(readings).await;
+    Ok(StatsResponse {
+        containers: readings.into_iter().flatten().collect(),
+        sandbox: Some(blocking(sandbox_stats).await?),
+    })
+}
+
+/// One container's statistics; `None` if it is going away, or too slow.
+async fn container_stats(container: &Arc<Container>) -> Option<ContainerStats> {
+    // A reading that hangs must not be followed by more of them until no thread is left.
+    if container.stats_running.swap(true, Ordering::Relaxed) {
+        return None;
+    }
+    let (id, running) = (container.id.clone(), container.clone());
+    let reading = with_engine(container, move |engine| {
+        let stats = engine.stats();
+        running.stats_running.store(false, Ordering::Relaxed);
+        stats
+    });
+    match tokio::time::timeout(TIMEOUT, reading).await {
+        Ok(Ok(stats)) => Some(to_message(id, &stats)),
+        Ok(Err(error)) => {
+            warn!("statistics of container {id}: {error}");
+            None
+        }
+        Err(_) => {
+            warn!(
+                "statistics of container {id}: not read within {} s",
+                TIMEOUT.as_secs()
+            );
+            None
+        }
+    }
+}
+
+fn to_message(container_id: String, stats: &engine::Stats) -> ContainerStats {
+    ContainerStats {
+        container_id,
+        timestamp_ns: stats.timestamp_ns,
+        cpu_usage_ns: stats.cpu_usage_ns,
+        cpu_user_ns: stats.cpu_user_ns,
+        cpu_system_ns: stats.cpu_system_ns,
+        memory_usage_bytes: stats.memory_usage_bytes,
+        memory_limit_bytes: stats.memory_limit_bytes,
+        memory_working_set_bytes: stats.memory_working_set_bytes,
+        memory_rss_bytes: stats.memory_rss_bytes,
+        memory_page_faults: stats.memory_page_faults,
+        memory_major_page_faults: stats.memory_major_page_faults,
+        swap_usage_bytes: stats.swap_usage_bytes,
+        pids: stats.pids,
+        rootfs_used_bytes: stats.rootfs_used_bytes,
+        rootfs_used_inodes: stats.rootfs_used_inodes,
+        oom_kills: stats.oom_kills,
+    }
+}
+
+/// What the whole guest uses.
+fn sandbox_stats() -> SandboxStats {
+    let cpu = fs::read_to_string(format!("{}/cpu.stat", paths::CGROUP)).unwrap_or_default();
+    let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let network = fs::read_to_string("/proc/net/dev").unwrap_or_default();
+    SandboxStats {
+        timestamp_ns: u64::try_from(unix_time_ns()).unwrap_or(0),
+        cpu_usage_ns: field(&cpu, "usage_usec").unwrap_or(0).saturating_mul(1000),
+        memory_total_bytes: field(&memory, "MemTotal:")
+            .unwrap_or(0)
+            .saturating_mul(1024),
+        memory_available_bytes: field(&memory, "MemAvailable:")
+            .unwrap_or(0)
+            .saturating_mul(1024),
+        processes: processes(),
+        interfaces: network.lines().filter_map(interface).collect(),
+    }
+}
+
+/// The number behind a name at the beginning of a line.
+fn field(text: &str, name: &str) -> Option<u64> {
+    text.lines().find_map(|line| {
+        let mut words = line.split_ascii_whitespace();
+        (words.next()? == name).then(|| words.next()?.parse().ok())?
+    })
+}
+
+fn processes() -> u64 {
+    let Ok(entries) = fs::read_dir("/proc") else {
+        return 0;
+    };
+    let is_process = |name: &str| name.bytes().all(|byte| byte.is_ascii_digit());
+    let names = entries.flatten().map(|entry| entry.file_name());
+    names
+        .filter(|name| name.to_str().is_some_and(is_process))
+        .count() as u64
+}
+
+/// A line of `/proc/net/dev`, but for the loopback.
+fn interface(line: &str) -> Option<InterfaceStats> {
+    let (name, counters) = line.split_once(':')?;
+    let name = name.trim();
+    if name == "lo" {
+        return None;
+    }
+    let counters: Vec<u64> = counters
+        .split_ascii_whitespace()
+        .map(|counter| counter.parse().unwrap_or(0))
+        .collect();
+    Some(InterfaceStats {
+        name: name.into(),
+        rx_bytes: *counters.first()?,
+        rx_errors: *counters.get(2)?,
+        tx_bytes: *counters.get(8)?,
+        tx_errors: *counters.get(10)?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernel_tables() {
+        assert_eq!(
+            field("usage_usec 12\nuser_usec 3\n", "usage_usec"),
+            Some(12)
+        );
+        assert_eq!(field("MemTotal:        1024 kB\n", "MemTotal:"), Some(1024));
+        assert_eq!(field("nothing", "MemTotal:"), None);
+        let line = "  eth0: 100 2 3 0 0 0 0 0 200 5 6 0 0 0 0 0";
+        let eth0 = interface(line).unwrap();
+        assert_eq!(
+            (eth0.rx_bytes, eth0.rx_errors, eth0.tx_bytes, eth0.tx_errors),
+            (100, 3, 200, 6)
+        );
+        assert_eq!(interface("    lo: 1 2 3 0 0 0 0 0 2 5 6 0 0 0 0 0"), None);
+        assert_eq!(interface("Inter-|   Receive"), None);
+    }
+}

@@ -1,0 +1,119 @@
+//! Standard streams, each on a raw connection of its own. The header of `agent.proto` is their protocol.
+
+mod endpoint;
+mod header;
+mod pump;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::sync::Semaphore;
+
+pub use endpoint::{Endpoint, Kind};
+use header::Header;
+
+use crate::vsock::Listener;
+use crate::{debug, warn};
+
+/// Connections served at once; more wait.
+const CONNECTIONS_MAX: usize = 2048;
+/// How long a client may take to send its header line.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What stream connections need of the agent.
+pub trait Processes: Send + Sync + 'static {
+    /// A process's stream, or a sentence that says why there is none.
+    fn endpoint(
+        &self,
+        container: &str,
+        exec: Option<&str>,
+        kind: Kind,
+    ) -> Result<Arc<Endpoint>, String>;
+
+    /// Starts the orderly end of the guest.
+    fn shutdown(&self);
+}
+
+/// Serves stream connections for ever.
+pub async fn listen(listener: Listener, processes: Arc<dyn Processes>) {
+    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    loop {
+        // The semaphore is never closed.
+        let Ok(slot) = slots.clone().acquire_owned().await else {
+            return;
+        };
+        match listener.accept().await {
+            Ok(client) => {
+                let processes = processes.clone();
+                tokio::spawn(async move {
+                    serve(client, &*processes).await;
+                    drop(slot);
+                });
+            }
+            Err(error) => {
+                // Out of descriptors or memory: other connections must end first.
+                warn!("accept of a stream connection: {error}");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+/// Serves one stream connection, from its header line to its end.
+pub async fn serve<S>(mut client: S, processes: &dyn Processes)
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let header = match tokio::time::timeout(HEADER_TIMEOUT, header::read(&mut client)).await {
+        Ok(Ok(header)) => header,
+        Ok(Err(error)) => return refuse(&mut client, &error.to_string()).await,
+        Err(_) => return refuse(&mut client, "no header line within 10 s").await,
+    };
+    let (container, exec, kind) = match header.0 {
+        Header::Shutdown => {
+            if client.write_all(b"OK\n").await.is_ok() {
+                let _ = client.shutdown().await;
+            }
+            processes.shutdown();
+            return;
+        }
+        Header::Stream {
+            container,
+            exec,
+            kind,
+        } => (container, exec, kind),
+    };
+    let endpoint = match processes.endpoint(&container, exec.as_deref(), kind) {
+        Ok(endpoint) => endpoint,
+        Err(reason) => return refuse(&mut client, &reason).await,
+    };
+    let Some(mut turn) = endpoint.take_turn().await else {
+        return refuse(&mut client, "the stream has a client already").await;
+    };
+    drop(endpoint);
+    if matches!(kind, Kind::Stdin | Kind::Tty) {
+        turn.in_flight.input.push(&header.1);
+    }
+    if client.write_all(b"OK\n").await.is_err() {
+        return;
+    }
+    pump::serve(turn, client).await;
+    debug!(
+        "stream {container} {} {} served",
+        exec.as_deref().unwrap_or("-"),
+        kind.name()
+    );
+}
+
+async fn refuse(client: &mut (impl AsyncWrite + Unpin), reason: &str) {
+    let line = format!("ERR {}\n", reason.replace('\n', " "));
+    let write = async {
+        client.write_all(line.as_bytes()).await?;
+        client.shutdown().await
+    };
+    // A client that does not read its answer does not get one.
+    let _ = tokio::time::timeout(Duration::from_secs(2), write).await;
+}

@@ -1,0 +1,115 @@
+//! The agent's sockets towards the host: vsock in a guest, unix sockets elsewhere.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{UnixListener, UnixStream};
+use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
+use tonic::transport::server::Connected;
+
+/// gRPC is served on this vsock port.
+pub const GRPC_PORT: u32 = 1024;
+/// Raw streams are served on this vsock port.
+pub const STREAM_PORT: u32 = 1025;
+/// The agent connects to this port of the host once, when it serves: whatever the answer, that is "ready".
+pub const READY_PORT: u32 = 1026;
+
+/// Where connections come from.
+pub enum Listener {
+    /// A guest's vsock port.
+    Vsock(VsockListener),
+    /// A unix socket, for the agent outside of a guest.
+    Unix(UnixListener),
+}
+
+impl Listener {
+    /// Listens on a vsock port.
+    pub fn vsock(port: u32) -> io::Result<Self> {
+        VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port)).map(Self::Vsock)
+    }
+
+    /// Listens on a unix socket; an old socket file there is replaced.
+    pub fn unix(path: &str) -> io::Result<Self> {
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        UnixListener::bind(path).map(Self::Unix)
+    }
+
+    /// The next connection.
+    pub async fn accept(&self) -> io::Result<Connection> {
+        match self {
+            Self::Vsock(listener) => {
+                let accepted = std::future::poll_fn(|context| listener.poll_accept(context)).await;
+                accepted.map(|(stream, _)| Connection::Vsock(stream))
+            }
+            Self::Unix(listener) => listener
+                .accept()
+                .await
+                .map(|(stream, _)| Connection::Unix(stream)),
+        }
+    }
+}
+
+/// One accepted connection.
+pub enum Connection {
+    /// Over vsock.
+    Vsock(VsockStream),
+    /// Over a unix socket.
+    Unix(UnixStream),
+}
+
+impl Connected for Connection {
+    type ConnectInfo = ();
+    fn connect_info(&self) {}
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Vsock(stream) => Pin::new(stream).poll_read(context, buffer),
+            Self::Unix(stream) => Pin::new(stream).poll_read(context, buffer),
+        }
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Vsock(stream) => Pin::new(stream).poll_write(context, buffer),
+            Self::Unix(stream) => Pin::new(stream).poll_write(context, buffer),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Vsock(stream) => Pin::new(stream).poll_flush(context),
+            Self::Unix(stream) => Pin::new(stream).poll_flush(context),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Vsock(stream) => Pin::new(stream).poll_shutdown(context),
+            Self::Unix(stream) => Pin::new(stream).poll_shutdown(context),
+        }
+    }
+}
+
+/// Tells the host that the agent serves. The connection itself is the message; it is normally refused.
+pub async fn knock() {
+    let connect = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, READY_PORT));
+    let _ = tokio::time::timeout(Duration::from_secs(2), connect).await;
+}
