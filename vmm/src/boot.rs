@@ -1,16 +1,25 @@
 //! From a checked configuration to a running machine.
 
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
+use caisson_vmm_protocol::Event;
 use vm_superio::Serial;
 
 use crate::arch::acpi::{self, AcpiError, MmioDevice};
 use crate::arch::kernel::{self, KernelError};
 use crate::arch::layout;
 use crate::config::MachineConfig;
+use crate::control::Events;
+use crate::jail::{Jail, JailError};
+use crate::logs::LogManager;
 use crate::timeline::Timeline;
 use crate::transport::mmio::MmioTransport;
+use crate::virtio::blk::Block;
+use crate::virtio::net::Net;
+use crate::virtio::rng::Rng;
+use crate::virtio::vsock::{Vsock, VsockConnector};
 use crate::virtio::{Memory, VirtioDevice};
 use crate::vm::{Bus, Console, Ending, KvmError, KvmVm, Machine, SerialLine, Vcpus};
 
@@ -26,6 +35,17 @@ pub enum BootError {
     /// The ACPI tables.
     #[error(transparent)]
     Acpi(#[from] AcpiError),
+    /// The jail.
+    #[error(transparent)]
+    Jail(#[from] JailError),
+    /// A device.
+    #[error("the {name} cannot be made: {source}")]
+    Device {
+        /// Which.
+        name: String,
+        /// Why not.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// Threads and descriptors.
     #[error("the {what} could not be started: {source}")]
     Start {
@@ -36,25 +56,53 @@ pub enum BootError {
     },
 }
 
+fn device<E: std::error::Error + Send + Sync + 'static>(name: &str) -> impl Fn(E) -> BootError {
+    let name = name.to_owned();
+    move |source| BootError::Device {
+        name: name.clone(),
+        source: Box::new(source),
+    }
+}
+
 fn start(what: &'static str) -> impl Fn(io::Error) -> BootError {
     move |source| BootError::Start { what, source }
 }
 
+/// A machine that runs, and the ways to its agent.
+pub struct Running {
+    /// The machine.
+    pub machine: Machine,
+    /// The containers' logs; there are none without a vsock device.
+    pub logs: Option<LogManager>,
+    /// Connections to the guest.
+    pub connector: Option<VsockConnector>,
+}
+
 /// Builds the machine and starts its vCPUs.
 ///
-/// The order matters. Whatever needs the host as the daemon sees it (the share's root, `/proc`) comes
-/// before the jail; the jail comes before the first thread, because a namespace or an identity is
-/// changed for the calling thread alone; and no byte that a guest has written is looked at before it.
-/// The devices must be known before the ACPI tables that name them, and the vCPUs run last.
+/// The order matters. Whatever needs the host as the daemon sees it (the share's root, `/proc`, a tap's
+/// settings) comes before the jail. The jail comes before the first thread, because a namespace or an
+/// identity is changed for the calling thread alone, and before the guest's memory, which a fork would
+/// copy. Everything that a guest can influence comes after it. The devices must be known before the ACPI
+/// tables that name them, and the vCPUs run last.
 ///
 /// # Errors
 /// [`BootError`] says in one sentence what failed. Nothing is left running.
 pub fn build_and_boot(
-    config: MachineConfig,
+    mut config: MachineConfig,
     ending: &Arc<Ending>,
+    events: &Arc<Events>,
     timeline: &mut Timeline,
-) -> Result<Machine, BootError> {
-    let mut config = config;
+) -> Result<Running, BootError> {
+    let jail = timeline.measure("prepare jail", || prepare_jail(&config))?;
+    let devices = timeline.measure("create devices", || {
+        create_devices(&mut config, jail.as_ref(), events)
+    })?;
+    timeline.measure("enter jail", || match (jail, &config.jail) {
+        (Some(jail), Some(identity)) => jail.enter(identity),
+        _ => Ok(()),
+    })?;
+
     let vm = timeline.measure("create vm", || KvmVm::new(config.kvm, config.memory))?;
     let kernel = timeline.measure("load kernel", || {
         kernel::load_kernel(vm.memory(), &mut config.kernel)
@@ -64,9 +112,8 @@ pub fn build_and_boot(
         file.map(|file| kernel::load_initramfs(vm.memory(), &kernel, file))
             .transpose()
     })?;
-    let devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
-
-    let (windows, places) = timeline.measure("attach devices", || attach(&vm, devices, ending))?;
+    let (windows, places) =
+        timeline.measure("attach devices", || attach(&vm, devices.all, ending))?;
     timeline.measure("write tables", || -> Result<(), BootError> {
         let rsdp = acpi::write_tables(vm.memory(), config.vcpus, &places)?;
         kernel::write_boot_params(vm.memory(), &kernel, initramfs, &config.cmdline, rsdp)?;
@@ -81,7 +128,59 @@ pub fn build_and_boot(
     let vcpus = timeline.measure("start vcpus", || {
         Vcpus::start(vcpus, &bus, ending).map_err(start("vCPU threads"))
     })?;
-    Ok(Machine::new(vm, vcpus, bus, Arc::clone(ending)))
+    let logs = devices.connector.clone().map(|connector| {
+        let events = Arc::clone(events);
+        LogManager::new(connector, Arc::new(move |event| events.publish(event)))
+    });
+    Ok(Running {
+        machine: Machine::new(vm, vcpus, bus, Arc::clone(ending)),
+        logs,
+        connector: devices.connector,
+    })
+}
+
+fn prepare_jail(config: &MachineConfig) -> Result<Option<Jail>, JailError> {
+    let share = config.share.as_ref().map(|share| share.root.as_fd());
+    config
+        .jail
+        .as_ref()
+        .map(|_| Jail::prepare(share))
+        .transpose()
+}
+
+struct Devices {
+    all: Vec<Box<dyn VirtioDevice>>,
+    connector: Option<VsockConnector>,
+}
+
+/// Makes the devices, in the order in which the guest sees them.
+fn create_devices(
+    config: &mut MachineConfig,
+    jail: Option<&Jail>,
+    events: &Arc<Events>,
+) -> Result<Devices, BootError> {
+    let mut all: Vec<Box<dyn VirtioDevice>> = Vec::new();
+    for disk in config.disks.drain(..) {
+        let device = Block::new(disk.file.into(), &disk.serial, disk.read_only)
+            .map_err(device(&format!("disk {}", disk.serial)))?;
+        all.push(Box::new(device));
+    }
+    for net in config.nets.drain(..) {
+        all.push(Box::new(
+            Net::new(net.tap, net.mac, net.mtu).map_err(device("network device"))?,
+        ));
+    }
+    let mut connector = None;
+    if let Some(vsock) = config.vsock.take() {
+        let events = Arc::clone(events);
+        let ready = Arc::new(move || events.publish(Event::AgentReady));
+        let listener = vsock.listener.map(OwnedFd::from);
+        let vsock = Vsock::new(vsock.cid, listener, ready).map_err(device("vsock device"))?;
+        connector = Some(vsock.connector());
+        all.push(Box::new(vsock));
+    }
+    all.push(Box::new(Rng::new()));
+    Ok(Devices { all, connector })
 }
 
 /// Puts each device behind a window and connects its events to KVM.

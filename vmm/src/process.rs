@@ -11,11 +11,11 @@ use caisson_vmm_protocol::{CONTROL_FD, Channel, ExitReason, Frame, Reply, Reques
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::stat::{SFlag, fstat};
 
-use crate::boot::build_and_boot;
+use crate::boot::{Running, build_and_boot};
 use crate::config::MachineConfig;
 use crate::control::{Control, Events, await_boot};
 use crate::timeline::Timeline;
-use crate::vm::{Ending, Machine};
+use crate::vm::Ending;
 
 /// The machine could not be started.
 pub const EXIT_START: u8 = 1;
@@ -37,6 +37,9 @@ pub fn exit_status(reason: &ExitReason) -> u8 {
 /// Runs one machine from its control socket to its end.
 pub fn run() -> ExitCode {
     let mut timeline = Timeline::new();
+    // Whatever else was left open by mistake: a guest must not find it here.
+    // SAFETY: first of all; nothing in this process has opened a descriptor yet.
+    unsafe { libc::close_range(CONTROL_FD as u32 + 1, u32::MAX, 0) };
     let Some(mut channel) = control_socket() else {
         eprintln!(
             "caisson-vmm: descriptor {CONTROL_FD} is no socket; this program is started by `caisson serve`"
@@ -58,7 +61,7 @@ pub fn run() -> ExitCode {
 
 /// What the end of the process needs besides the machine.
 struct Started {
-    machine: Machine,
+    running: Running,
     events: Arc<Events>,
     control_listener: Option<std::os::unix::net::UnixListener>,
     exit_file: Option<File>,
@@ -76,12 +79,13 @@ fn start(
     drop(frame);
     let control_listener = config.control_listener.take();
     let exit_file = config.exit_file.take();
-    end_on_signals(ending)?;
+    let signals = block_signals()?;
     end_on_panic(ending);
     let events = Arc::new(Events::default());
-    let machine = build_and_boot(config, ending, timeline)?;
+    let running = build_and_boot(config, ending, &events, timeline)?;
+    end_on_signals(signals, ending)?;
     Ok(Started {
-        machine,
+        running,
         events,
         control_listener,
         exit_file,
@@ -94,9 +98,8 @@ fn serve(
     ending: &Arc<Ending>,
     timeline: &Timeline,
 ) -> ExitCode {
-    let machine = Arc::new(started.machine);
     let timings = timeline.spans().to_vec();
-    let control = Control::new(Arc::clone(&machine), started.events, timings);
+    let control = Control::new(started.running, started.events, timings);
     // A daemon that is gone already changes nothing: it finds the machine again by the listener.
     let _ = channel.send(&Reply::Done, &[]);
     let served = control.serve(channel).and_then(|()| {
@@ -110,7 +113,6 @@ fn serve(
         )));
     }
     let reason = ending.wait();
-    machine.stop();
     control.finish(&reason, started.exit_file);
     ExitCode::from(exit_status(&reason))
 }
@@ -138,20 +140,25 @@ fn control_socket() -> Option<Channel> {
     Some(Channel::new(UnixStream::from(fd)))
 }
 
-/// Termination signals end the machine in order. All later threads have them blocked.
-fn end_on_signals(ending: &Arc<Ending>) -> Result<(), Box<dyn std::error::Error>> {
+/// Blocks termination signals in this thread and in those that it starts.
+fn block_signals() -> nix::Result<SigSet> {
     let mut signals = SigSet::empty();
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
         signals.add(signal);
     }
     signals.thread_block()?;
+    Ok(signals)
+}
+
+/// Termination signals end the machine in order.
+fn end_on_signals(signals: SigSet, ending: &Arc<Ending>) -> std::io::Result<()> {
     let ending = Arc::clone(ending);
-    Builder::new().name("signals".into()).spawn(move || {
+    let wait = move || {
         if signals.wait().is_ok() {
             ending.end(ExitReason::Killed);
         }
-    })?;
-    Ok(())
+    };
+    Builder::new().name("signals".into()).spawn(wait).map(drop)
 }
 
 /// A bug in one thread ends the machine with a reason instead of leaving it half alive.

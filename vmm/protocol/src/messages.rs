@@ -34,6 +34,12 @@ pub enum Request {
         /// The new file, open for appending.
         file: FdIndex,
     },
+    /// Forget a container's log, once the container is removed. Output that cannot be written any more is
+    /// dropped. An unknown container is no error.
+    RemoveLog {
+        /// The container.
+        container_id: String,
+    },
     /// Copy a container's output to more descriptors (pipes or sockets), from now on. A copy whose reader
     /// is gone is dropped; one whose reader is slow slows that stream alone.
     Attach {

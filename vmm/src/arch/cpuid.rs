@@ -68,6 +68,16 @@ impl Cpuid {
         CpuId::from_entries(&entries).map_err(|_| CpuidError::TooLong)
     }
 
+    /// The extended processor states that KVM supports, as XCR0 has them; `None` without XSAVE.
+    pub fn extended_states(&self) -> Option<u64> {
+        self.supported
+            .as_slice()
+            .iter()
+            .find(|entry| (entry.function, entry.index) == (0xd, 0))
+            .map(|entry| u64::from(entry.edx) << 32 | u64::from(entry.eax))
+            .filter(|states| *states & 1 != 0)
+    }
+
     /// Bits of an APIC ID that number the cores of the one package.
     fn core_bits(&self) -> u32 {
         u32::from(self.vcpus).next_power_of_two().trailing_zeros()

@@ -8,9 +8,10 @@ mod events;
 
 pub use events::Events;
 
+use std::error::Error;
 use std::fs::File;
-use std::io::{self, Write};
-use std::os::fd::AsFd;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -18,16 +19,21 @@ use std::thread::Builder;
 use std::time::Duration;
 
 use caisson_vmm_protocol::{
-    Channel, ChannelError, Event, ExitReason, Frame, PROTOCOL_VERSION, Reply, Request, Span,
-    VmState, VmStatus,
+    Channel, ChannelError, Event, ExitReason, FdIndex, Frame, PROTOCOL_VERSION, Reply, Request,
+    STREAM_PORT, Span, VmState, VmStatus,
 };
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::vm::Machine;
+use crate::boot::Running;
+use crate::logs::{LogManager, NewLog};
 
 /// The most connections at a time.
 const MAX_CONNECTIONS: usize = 16;
+/// How long the end of the machine waits until the containers' output is written.
+const LAST_OUTPUT: Duration = Duration::from_secs(5);
+/// How long a guest may take to accept the request to power off.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
 /// How long a client may take to send the rest of a frame, or to take one.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -54,7 +60,7 @@ pub fn await_boot(channel: &mut Channel) -> Result<Option<Frame<Request>>, Chann
 
 /// What the connections work on.
 pub struct Control {
-    machine: Arc<Machine>,
+    running: Running,
     events: Arc<Events>,
     timings: Vec<Span>,
     connections: AtomicUsize,
@@ -64,9 +70,9 @@ pub struct Control {
 
 impl Control {
     /// Takes control of a running machine.
-    pub fn new(machine: Arc<Machine>, events: Arc<Events>, timings: Vec<Span>) -> Arc<Self> {
+    pub fn new(running: Running, events: Arc<Events>, timings: Vec<Span>) -> Arc<Self> {
         Arc::new(Self {
-            machine,
+            running,
             events,
             timings,
             connections: AtomicUsize::new(0),
@@ -121,8 +127,15 @@ impl Control {
         Builder::new().name("listen".into()).spawn(accept).map(drop)
     }
 
-    /// Tells the machine's end to the exit file and all watchers, and waits a bounded time for these.
+    /// Ends the machine's threads, once its end was told, and waits a bounded time for the containers' last
+    /// output. Then tells the end to the exit file and all watchers, and waits a bounded time for these.
     pub fn finish(&self, reason: &ExitReason, exit_file: Option<File>) {
+        self.running.machine.stop();
+        if let Some(logs) = &self.running.logs
+            && !logs.finish(LAST_OUTPUT)
+        {
+            eprintln!("some output of containers could not be written before the end");
+        }
         if let Some(file) = exit_file
             && let Err(error) = write_exit_file(file, reason)
         {
@@ -139,7 +152,7 @@ impl Control {
 
     fn converse(&self, channel: &mut Channel) -> Result<(), ChannelError> {
         loop {
-            let mut frame = match next_request(channel) {
+            let frame = match next_request(channel) {
                 Err(bad @ (ChannelError::Json(_) | ChannelError::TooLong(_))) => {
                     channel.send(&error(&bad), &[])?;
                     return Err(bad);
@@ -149,7 +162,7 @@ impl Control {
             if matches!(frame.message, Request::Watch) {
                 return self.watch(channel);
             }
-            let reply = self.answer(&mut frame);
+            let reply = self.answer(frame);
             channel.send(&reply, &[])?;
         }
     }
@@ -166,38 +179,101 @@ impl Control {
         told
     }
 
-    fn answer(&self, frame: &mut Frame<Request>) -> Reply {
-        match &frame.message {
-            Request::Boot(_) => {
-                error("the machine has been booted already; one process is one machine")
-            }
-            Request::Status { version } if *version != PROTOCOL_VERSION => error(format!(
-                "the daemon speaks control protocol {version}, this VMM speaks {PROTOCOL_VERSION}"
-            )),
-            Request::Status { .. } => Reply::Status(status(
-                self.machine.state(),
-                self.events.agent_ready(),
-                &self.timings,
-            )),
-            Request::Pause => {
-                self.machine.pause();
-                Reply::Done
-            }
-            Request::Resume => {
-                self.machine.resume();
-                Reply::Done
-            }
-            Request::Kill => {
-                self.machine.ending().end(ExitReason::Killed);
-                Reply::Done
-            }
-            Request::Watch => Reply::Done,
-            Request::Shutdown
-            | Request::AddLog(_)
-            | Request::ReopenLog { .. }
-            | Request::Attach { .. } => error("this machine has no vsock device"),
-        }
+    fn answer(&self, frame: Frame<Request>) -> Reply {
+        self.perform(frame).unwrap_or_else(error)
     }
+
+    fn perform(&self, mut frame: Frame<Request>) -> Result<Reply, Box<dyn Error>> {
+        let machine = &self.running.machine;
+        match frame.message.clone() {
+            Request::Boot(_) => {
+                return Err(
+                    "the machine has been booted already; one process is one machine".into(),
+                );
+            }
+            Request::Status { version } if version != PROTOCOL_VERSION => {
+                return Err(format!(
+                    "the daemon speaks control protocol {version}, this VMM speaks {PROTOCOL_VERSION}; install both from one release"
+                )
+                .into());
+            }
+            Request::Status { .. } => {
+                let ready = self.events.agent_ready();
+                return Ok(Reply::Status(status(machine.state(), ready, &self.timings)));
+            }
+            Request::Pause => machine.pause(),
+            Request::Resume => machine.resume(),
+            Request::Kill => machine.ending().end(ExitReason::Killed),
+            Request::Shutdown => self.shut_down()?,
+            Request::AddLog(log) => {
+                let logs = self.logs()?;
+                self.events.forget_drained(&log.container_id);
+                logs.add(NewLog {
+                    file: take(&mut frame, log.file)?,
+                    stdout: take(&mut frame, log.stdout)?,
+                    stderr: take(&mut frame, log.stderr)?,
+                    container_id: log.container_id,
+                    terminal: log.terminal,
+                })?;
+            }
+            Request::ReopenLog { container_id, file } => {
+                self.logs()?.reopen(&container_id, frame.take_fd(file)?)?;
+            }
+            Request::RemoveLog { container_id } => {
+                self.logs()?.remove(&container_id);
+                self.events.forget_drained(&container_id);
+            }
+            Request::Attach {
+                container_id,
+                stdout,
+                stderr,
+            } => {
+                let (stdout, stderr) = (take(&mut frame, stdout)?, take(&mut frame, stderr)?);
+                self.logs()?.attach(&container_id, stdout, stderr)?;
+            }
+            // The connection was turned into a stream of events before.
+            Request::Watch => {}
+        }
+        Ok(Reply::Done)
+    }
+
+    fn logs(&self) -> Result<&LogManager, &'static str> {
+        self.running
+            .logs
+            .as_ref()
+            .ok_or("this machine has no vsock device, so it has no containers' logs")
+    }
+
+    /// Asks the agent to power the machine off. It may take its time; the daemon does not wait for it.
+    fn shut_down(&self) -> Result<(), Box<dyn Error>> {
+        let connector = self
+            .running
+            .connector
+            .clone()
+            .ok_or("this machine has no vsock device, so its guest cannot be asked; kill it")?;
+        let ask = move || {
+            let asked = connector
+                .connect(STREAM_PORT, SHUTDOWN_LIMIT)
+                .and_then(|mut stream| {
+                    stream.set_read_timeout(Some(SHUTDOWN_LIMIT))?;
+                    stream.write_all(b"SHUTDOWN\n")?;
+                    // Until the agent has read it, which it says by an answer or by closing.
+                    stream.read(&mut [0; 64])
+                });
+            if let Err(error) = asked {
+                eprintln!("the guest could not be asked to power off: {error}");
+            }
+        };
+        Builder::new().name("shutdown".into()).spawn(ask)?;
+        Ok(())
+    }
+}
+
+fn take(
+    frame: &mut Frame<Request>,
+    index: Option<FdIndex>,
+) -> Result<Option<OwnedFd>, ChannelError> {
+    index.map(|index| frame.take_fd(index)).transpose()
 }
 
 /// Waits for as long as it takes until a request begins; then it must come in time.

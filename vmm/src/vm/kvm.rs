@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 
-use kvm_bindings::{KVM_API_VERSION, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_API_VERSION, kvm_userspace_memory_region, kvm_xcrs};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -149,11 +149,27 @@ impl KvmVm {
                     .map_err(ioctl("make a vCPU"))?;
                 vcpu.set_cpuid2(&cpuid.for_vcpu(id)?)
                     .map_err(ioctl("take a vCPU's CPUID"))?;
+                set_features(&vcpu, &cpuid)?;
                 regs::set_up(&vcpu, (id == 0).then_some(kernel.entry))?;
                 Ok(vcpu)
             })
             .collect()
     }
+}
+
+/// Turns all extended states on. A processor comes out of reset with x87 alone; but where XSETBV is not
+/// intercepted (KVM on an emulated processor), KVM would go on telling the guest the size of that.
+fn set_features(vcpu: &VcpuFd, cpuid: &Cpuid) -> Result<(), KvmError> {
+    let Some(xcr0) = cpuid.extended_states() else {
+        return Ok(());
+    };
+    let mut xcrs = kvm_xcrs {
+        nr_xcrs: 1,
+        ..Default::default()
+    };
+    xcrs.xcrs[0].value = xcr0;
+    vcpu.set_xcrs(&xcrs)
+        .map_err(ioctl("turn a vCPU's extended states on"))
 }
 
 fn create(kvm: &Kvm) -> Result<VmFd, KvmError> {
