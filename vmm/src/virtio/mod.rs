@@ -9,6 +9,7 @@
 
 pub mod blk;
 pub mod buffers;
+pub mod fs;
 pub mod net;
 pub mod queue;
 pub mod rng;
