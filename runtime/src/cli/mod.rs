@@ -1,0 +1,176 @@
+//! The `caisson` command: the habits of podman and nerdctl, on the same code path as a kubelet.
+//!
+//! Every command but `serve`, `doctor` and `config` is a client of the daemon's socket, by CRI where CRI has the call and by
+//! `caisson.cli.v1` where it has not.
+
+mod client;
+mod containers;
+mod exec;
+mod images;
+mod logs;
+mod options;
+mod run;
+mod session;
+mod table;
+mod terminal;
+mod timeline;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+pub use client::CliError;
+
+/// The exit status of `caisson` itself failing, where a command passes a container's status through.
+const OWN_FAILURE: u8 = 125;
+
+/// Isolation by default: every pod in a KVM microVM of its own.
+#[derive(Debug, Parser)]
+#[command(name = "caisson", version, about, max_term_width = 100)]
+struct Cli {
+    /// The configuration file; a missing default file means the defaults.
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// The daemon's socket; the configuration's if it is not given.
+    #[arg(long, global = true, value_name = "PATH", env = "CAISSON_SOCKET")]
+    socket: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the daemon: CRI on a unix socket.
+    Serve,
+    /// Run a command in a new pod.
+    Run(run::RunArgs),
+    /// Run another command in a running container.
+    Exec(exec::ExecArgs),
+    /// List containers.
+    Ps(containers::PsArgs),
+    /// Show a container's output.
+    Logs(logs::LogsArgs),
+    /// Stop containers.
+    Stop(containers::StopArgs),
+    /// Remove containers, and the pods that `run` made for them.
+    Rm(containers::RmArgs),
+    /// Pull images from a registry.
+    Pull(images::PullArgs),
+    /// Take in an image from an OCI layout directory, or an OCI or docker archive.
+    Load(images::LoadArgs),
+    /// List images.
+    Images(images::ImagesArgs),
+    /// Remove images.
+    Rmi(images::RmiArgs),
+    /// Show how long each step of a pod's start took.
+    Timeline(timeline::TimelineArgs),
+    /// Say whether this machine can run microVM pods, and what is missing.
+    Doctor(DoctorArgs),
+    /// Show the configuration.
+    Config(ConfigArgs),
+}
+
+#[derive(Debug, Args)]
+struct DoctorArgs {
+    /// Print only the line on KVM; the exit status is 0 if KVM works.
+    #[arg(long)]
+    kvm_works: bool,
+}
+
+#[derive(Debug, Args)]
+struct ConfigArgs {
+    #[command(subcommand)]
+    what: ConfigWhat,
+}
+
+#[derive(Debug, Subcommand)]
+enum ConfigWhat {
+    /// Print every key with its meaning and default, as a file to start from.
+    Default,
+}
+
+/// Parses the arguments and runs the command; a failure is one sentence on standard error.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let own_failure = match cli.command {
+        Command::Run(_) | Command::Exec(_) => OWN_FAILURE,
+        _ => 1,
+    };
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("caisson: cannot start its event loop: {error}");
+            return ExitCode::from(own_failure);
+        }
+    };
+    let result = runtime.block_on(dispatch(cli));
+    // A read of standard input cannot be cancelled; do not wait for it.
+    runtime.shutdown_background();
+    match result {
+        Ok(code) => code,
+        Err(CliError::Quiet(code)) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("caisson: {error}");
+            ExitCode::from(own_failure)
+        }
+    }
+}
+
+async fn dispatch(cli: Cli) -> Result<ExitCode, CliError> {
+    let config = || crate::config::Config::load(cli.config.as_deref());
+    let connect = || {
+        let socket = match &cli.socket {
+            Some(socket) => socket.clone(),
+            None => config()?.socket,
+        };
+        Ok::<_, CliError>(client::Client::new(&socket))
+    };
+    match cli.command {
+        Command::Serve => crate::daemon::serve(config()?)
+            .await
+            .map(|()| ExitCode::SUCCESS)
+            .map_err(CliError::other),
+        Command::Run(args) => run::run(&connect()?, args).await,
+        Command::Exec(args) => exec::exec(&connect()?, args).await,
+        Command::Ps(args) => containers::ps(&connect()?, args).await,
+        Command::Logs(args) => logs::logs(&connect()?, args).await,
+        Command::Stop(args) => containers::stop(&connect()?, args).await,
+        Command::Rm(args) => containers::rm(&connect()?, args).await,
+        Command::Pull(args) => images::pull(&connect()?, args).await,
+        Command::Load(args) => images::load(&connect()?, args).await,
+        Command::Images(args) => images::images(&connect()?, args).await,
+        Command::Rmi(args) => images::rmi(&connect()?, args).await,
+        Command::Timeline(args) => timeline::timeline(&connect()?, args).await,
+        Command::Doctor(args) => Ok(crate::doctor::doctor(&config()?, args.kvm_works)),
+        Command::Config(ConfigArgs {
+            what: ConfigWhat::Default,
+        }) => {
+            print!("{}", crate::config::default_file());
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_containers_own_options_are_left_to_it() {
+        let cli = Cli::parse_from(["caisson", "run", "--rm", "busybox", "ls", "-l", "--rm"]);
+        let Command::Run(args) = cli.command else {
+            panic!("another command");
+        };
+        assert_eq!(args.command, ["ls", "-l", "--rm"]);
+    }
+}
