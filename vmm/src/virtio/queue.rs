@@ -420,7 +420,7 @@ mod tests {
     fn an_indirect_chain_longer_than_the_queue_is_the_guests_fault() {
         let memory = memory();
         let driver = Driver::new(&memory, 8);
-        driver.add_indirect(0xb000, &vec![Desc::read(0x8000, 1); 9]);
+        driver.add_indirect(0xb000, &[Desc::read(0x8000, 1); 9]);
         assert!(message(ring(&driver).pop(&memory.memory())).contains("longer than its queue"));
     }
 

@@ -242,10 +242,8 @@ fn memfd_with_seal(len: u64, seal: libc::c_int) -> OwnedFd {
     };
     file.set_len(len).unwrap();
     // SAFETY: takes numbers only.
-    assert_eq!(
-        unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seal) },
-        0
-    );
+    let sealed = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seal) };
+    assert_eq!(sealed, 0);
     file.into()
 }
 

@@ -4,6 +4,9 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+/// Numbers that belong together.
+type Pairs = Vec<(u64, u64)>;
+
 /// Counts what the guest holds.
 pub struct Ledger {
     most: usize,
@@ -72,7 +75,7 @@ impl Ledger {
     }
 
     /// Takes everything out: inodes with their lookups, and handles with their inodes.
-    pub fn clear(&self) -> (Vec<(u64, u64)>, Vec<(u64, u64)>) {
+    pub fn clear(&self) -> (Pairs, Pairs) {
         let held = std::mem::take(&mut *self.held());
         (
             held.inodes.into_iter().collect(),

@@ -195,17 +195,21 @@ fn write_in(handle: u64, data: &[u8], size: u32) -> Vec<u8> {
 fn files_are_found_read_and_written() {
     let mut s = Setup::new();
     fs::create_dir(s.share().join("d")).unwrap();
-    fs::write(s.share().join("d/f"), "hello").unwrap();
+    fs::write(s.share().join("d/unmistakable"), "hello").unwrap();
     let d = s.lookup(ROOT, "d").unwrap();
-    let f = s.lookup(d, "f").unwrap();
-    assert_eq!(s.lookup(d, "f"), Ok(f), "the same file is the same inode");
+    let f = s.lookup(d, "unmistakable").unwrap();
+    assert_eq!(
+        s.lookup(d, "unmistakable"),
+        Ok(f),
+        "the same file is the same inode"
+    );
     assert_eq!(s.lookup(ROOT, "absent"), Err(libc::ENOENT));
     let handle = s.open(OPEN, f, libc::O_RDWR).unwrap();
     assert_eq!(s.read(READ, f, handle, 100), (0, b"hello".to_vec()));
     let (error, _) = s.ask(WRITE, f, &write_in(handle, b"HELLO world", 11));
     assert_eq!(error, 0);
     assert_eq!(
-        fs::read_to_string(s.share().join("d/f")).unwrap(),
+        fs::read_to_string(s.share().join("d/unmistakable")).unwrap(),
         "HELLO world"
     );
 
@@ -213,7 +217,7 @@ fn files_are_found_read_and_written() {
     for opcode in [READDIR, READDIRPLUS] {
         let (error, entries) = s.read(opcode, d, list, 4096);
         assert_eq!(error, 0);
-        assert!(entries.windows(1).any(|name| name == b"f"));
+        assert!(entries.windows(12).any(|name| name == b"unmistakable"));
     }
     assert!(s.failures.try_recv().is_err());
 }
@@ -229,7 +233,13 @@ fn an_update_on_the_host_shows_at_once_on_the_server() {
     let (error, entry) = s.ask(LOOKUP, ROOT, &terminated("..data"));
     assert_eq!(error, 0);
     // entry_valid, attr_valid in seconds: what the guest may hold for true.
-    assert!(entry[16..24] <= 1u64.to_le_bytes()[..] && entry[24..32] <= 1u64.to_le_bytes()[..]);
+    for valid in [16, 24] {
+        let seconds = u64::from_le_bytes(entry[valid..valid + 8].try_into().unwrap());
+        assert!(
+            seconds <= 1,
+            "the guest would not look again for {seconds} s"
+        );
+    }
     let data = u64::from_le_bytes(entry[..8].try_into().unwrap());
     assert_eq!(s.ask(READLINK, data, &[]), (0, b"v1".to_vec()));
     symlink("v2", s.share().join("..new")).unwrap();
@@ -546,11 +556,11 @@ fn hostile_chains_end_the_machine_with_a_reason() {
     type Attack = fn(&Setup);
     let attacks: [(Attack, &str); 4] = [
         (
-            |s| drop(s.requests.add(&[Desc::read(REQUEST, 39)])),
+            |s| _ = s.requests.add(&[Desc::read(REQUEST, 39)]),
             "shorter than its header",
         ),
         (
-            |s| drop(s.requests.add(&[Desc::read(0xf_fff0, 64)])),
+            |s| _ = s.requests.add(&[Desc::read(0xf_fff0, 64)]),
             "not in guest memory",
         ),
         (|s| s.requests.add_raw(&[(REQUEST, 64, 1, 0)]), "loops"),
