@@ -17,6 +17,7 @@ use crate::logs::LogManager;
 use crate::timeline::Timeline;
 use crate::transport::mmio::MmioTransport;
 use crate::virtio::blk::Block;
+use crate::virtio::fs::{Fs, ShareRoot};
 use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Vsock, VsockConnector};
@@ -46,6 +47,9 @@ pub enum BootError {
         /// Why not.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// A file server that a guest talks to never runs with the host's files around it.
+    #[error("a share needs a jail: state jail.uid and jail.gid")]
+    UnjailedShare,
     /// Threads and descriptors.
     #[error("the {what} could not be started: {source}")]
     Start {
@@ -95,13 +99,15 @@ pub fn build_and_boot(
     timeline: &mut Timeline,
 ) -> Result<Running, BootError> {
     let jail = timeline.measure("prepare jail", || prepare_jail(&config))?;
-    let devices = timeline.measure("create devices", || {
-        create_devices(&mut config, jail.as_ref(), events)
-    })?;
+    let mut devices = timeline.measure("create devices", || create_devices(&mut config, events))?;
     timeline.measure("enter jail", || match (jail, &config.jail) {
         (Some(jail), Some(identity)) => jail.enter(identity),
         _ => Ok(()),
     })?;
+    if let Some(mut share) = devices.share.take() {
+        share.open_root().map_err(device("share"))?;
+        devices.all.push(Box::new(share));
+    }
 
     let vm = timeline.measure("create vm", || KvmVm::new(config.kvm, config.memory))?;
     let kernel = timeline.measure("load kernel", || {
@@ -150,13 +156,14 @@ fn prepare_jail(config: &MachineConfig) -> Result<Option<Jail>, JailError> {
 
 struct Devices {
     all: Vec<Box<dyn VirtioDevice>>,
+    /// Its root is opened in the jail, and then it is one of all.
+    share: Option<Fs>,
     connector: Option<VsockConnector>,
 }
 
 /// Makes the devices, in the order in which the guest sees them.
 fn create_devices(
     config: &mut MachineConfig,
-    jail: Option<&Jail>,
     events: &Arc<Events>,
 ) -> Result<Devices, BootError> {
     let mut all: Vec<Box<dyn VirtioDevice>> = Vec::new();
@@ -180,7 +187,16 @@ fn create_devices(
         all.push(Box::new(vsock));
     }
     all.push(Box::new(Rng::new()));
-    Ok(Devices { all, connector })
+    // Taking the share closes its descriptor, which would be a way out of the jail.
+    let share = config.share.take().map(|share| match config.jail {
+        Some(_) => Fs::new(&share.tag, ShareRoot::Pivoted).map_err(device("share")),
+        None => Err(BootError::UnjailedShare),
+    });
+    Ok(Devices {
+        all,
+        share: share.transpose()?,
+        connector,
+    })
 }
 
 /// Puts each device behind a window and connects its events to KVM.

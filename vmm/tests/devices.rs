@@ -1,0 +1,300 @@
+//! What a guest's own drivers make of the devices, in a jailed machine on a real KVM.
+
+mod support;
+
+use std::fs::{self, File, OpenOptions};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use caisson_vmm_protocol::{JailConfig, NetConfig, Reply, Request, ShareConfig};
+use support::{Spec, Vm, kernel};
+
+/// A test of machines with this kernel; skipped, and said so, where KVM does not work.
+macro_rules! with_kernel {
+    ($name:literal) => {
+        match kernel($name) {
+            Some(kernel) => kernel,
+            None => return,
+        }
+    };
+}
+
+const JAIL: JailConfig = JailConfig {
+    uid: 70_001,
+    gid: 70_002,
+};
+
+fn run(program: &str, arguments: &[&str]) {
+    let status = Command::new(program).args(arguments).status().unwrap();
+    assert!(status.success(), "{program} {arguments:?}");
+}
+
+/// A directory that is a shared mount, as the daemon makes it; unmounted when it is dropped.
+struct Shared(tempfile::TempDir);
+
+impl Shared {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().to_str().unwrap();
+        run("mount", &["-t", "tmpfs", "none", path]);
+        run("mount", &["--make-shared", path]);
+        Self(dir)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        let path = self.0.path().to_str().unwrap();
+        let _ = Command::new("umount").args(["-R", path]).status();
+    }
+}
+
+fn share(spec: &mut Spec, shared: &Shared) {
+    let root = spec.lend(File::open(shared.0.path()).unwrap());
+    spec.config.share = Some(ShareConfig {
+        tag: "share".into(),
+        root,
+    });
+    spec.config.jail = Some(JAIL);
+}
+
+fn text(path: &Path) -> String {
+    fs::read_to_string(path).unwrap_or_default()
+}
+
+fn wait_for_file(vm: &Vm, path: &Path, content: &str) {
+    let begun = std::time::Instant::now();
+    while text(path) != content {
+        assert!(
+            begun.elapsed() < support::LIMIT,
+            "{path:?} is {:?}, not {content:?}; the console:\n{}",
+            text(path),
+            vm.console()
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn files_go_both_ways_and_belong_to_the_guests_users() {
+    let kernel = with_kernel!("vmlinux");
+    let shared = Shared::new();
+    fs::write(shared.path("from-host"), "hello guest").unwrap();
+    fs::set_permissions(shared.path("from-host"), fs::Permissions::from_mode(0o600)).unwrap();
+    let mut spec = Spec::new(
+        &kernel,
+        "mount -t virtiofs share /mnt || echo cannot mount
+         cd /mnt; cat from-host
+         mkdir -m 770 d; chown 1000:2000 d
+         printf 'root:x:0:0:root:/:/bin/sh\nu:x:1000:2000:u:/:/bin/sh\n' > /etc/passwd
+         su u -c 'echo mine > d/mine; cat from-host || echo private'
+         echo root > d/root; ln -s ../../../../etc/hostname link; mkfifo fifo; ln d/mine hard
+         dd if=/dev/urandom of=big bs=1M count=8 2>/dev/null; sha256sum big | cut -c1-64 > sum
+         mv d/root moved; rm from-host; sync
+         ls -a ..; cat link || echo nowhere
+         umount -l /mnt; mount -t virtiofs share /mnt && cat /mnt/moved
+         echo end; poweroff -f",
+    );
+    share(&mut spec, &shared);
+    let mut vm = spec.boot().unwrap();
+    assert_eq!(vm.wait().code(), Some(0), "{}", vm.console());
+    let console = vm.console();
+    for line in ["hello guest", "private", "nowhere", "root\nend"] {
+        assert!(console.contains(line), "no {line:?} in:\n{console}");
+    }
+    let owner = |name: &str| {
+        let stat = fs::symlink_metadata(shared.path(name)).unwrap();
+        (stat.uid(), stat.gid())
+    };
+    assert_eq!(owner("d"), (1000, 2000));
+    assert_eq!(owner("d/mine"), (1000, 2000));
+    assert_eq!(owner("moved"), (0, 0));
+    assert_eq!(fs::metadata(shared.path("hard")).unwrap().nlink(), 2);
+    assert!(!shared.path("from-host").exists());
+    let sum = Command::new("sha256sum")
+        .arg(shared.path("big"))
+        .output()
+        .unwrap();
+    assert_eq!(
+        sum.stdout[..64],
+        *text(&shared.path("sum")).trim().as_bytes()
+    );
+}
+
+#[test]
+fn mounts_made_later_appear_and_updates_show_within_two_seconds() {
+    let kernel = with_kernel!("vmlinux");
+    let shared = Shared::new();
+    let source = Shared::new();
+    for version in ["v1", "v2"] {
+        fs::create_dir(source.path(version)).unwrap();
+        fs::write(source.path(version).join("key"), version).unwrap();
+    }
+    symlink("v1", source.path("..data")).unwrap();
+    symlink("..data/key", source.path("key")).unwrap();
+    fs::create_dir(shared.path("volume")).unwrap();
+    fs::create_dir(shared.path("out")).unwrap();
+    let mut spec = Spec::new(
+        &kernel,
+        "mount -t virtiofs share /mnt; cd /mnt; ls volume; echo up
+         while :; do
+             v=$(cat volume/key 2>/dev/null)
+             [ \"$v\" = \"$old\" ] || { printf %s \"$v\" > out/seen; old=$v; }
+             if [ \"$v\" = v2 ] && [ -z \"$tried\" ]; then
+                 tried=1; printf '%s %s' \"$(echo x > volume/new || echo refused)\" \
+                     \"$(echo x > volume/v2/key || echo refused)\" > out/written
+             fi
+             usleep 20000
+         done",
+    );
+    share(&mut spec, &shared);
+    let mut vm = spec.boot().unwrap();
+    vm.wait_for("up");
+    let (from, to) = (source.0.path().to_str().unwrap(), shared.path("volume"));
+    let to = to.to_str().unwrap();
+    run("mount", &["--bind", from, to]);
+    run("mount", &["-o", "remount,bind,ro", to]);
+    wait_for_file(&vm, &shared.path("out/seen"), "v1");
+    let begun = std::time::Instant::now();
+    symlink("v2", source.path("..tmp")).unwrap();
+    fs::rename(source.path("..tmp"), source.path("..data")).unwrap();
+    wait_for_file(&vm, &shared.path("out/seen"), "v2");
+    let took = begun.elapsed();
+    assert!(took < Duration::from_secs(2), "{took:?}");
+    // must-test: FUSE: a read-only mount written through another path
+    wait_for_file(&vm, &shared.path("out/written"), "refused refused");
+    assert_eq!(text(&source.path("v2/key")), "v2");
+    assert!(matches!(vm.ask(&Request::Kill), Reply::Done));
+    assert_eq!(vm.wait().code(), Some(12));
+}
+
+// must-test: FUSE: the file server run without its sandbox (Kata CVE-2026-47243)
+#[test]
+fn the_file_server_sees_the_share_alone_and_never_runs_without_a_jail() {
+    let kernel = with_kernel!("vmlinux");
+    let shared = Shared::new();
+    fs::write(shared.path("only"), "").unwrap();
+    let mut spec = Spec::new(&kernel, "");
+    share(&mut spec, &shared);
+    spec.config.jail = None;
+    let error = spec.boot().err().unwrap();
+    assert!(error.contains("a share needs a jail"), "{error}");
+
+    let mut spec = Spec::new(
+        &kernel,
+        "mount -t virtiofs share /mnt; cat /mnt/only; echo up; sleep 1000",
+    );
+    share(&mut spec, &shared);
+    let mut vm = spec.boot().unwrap();
+    vm.wait_for("up");
+    let proc = format!("/proc/{}", vm.child.id());
+    let names = |path: String| -> Vec<_> {
+        let entries = fs::read_dir(path).unwrap();
+        entries.map(|entry| entry.unwrap().file_name()).collect()
+    };
+    assert_eq!(names(format!("{proc}/root")), ["only"]);
+    // No descriptor of a directory, by which a process could leave its root, is of anything else.
+    let root = fs::metadata(format!("{proc}/root")).unwrap();
+    for name in names(format!("{proc}/fd")) {
+        let Ok(stat) = fs::metadata(format!("{proc}/fd/{}", name.display())) else {
+            continue;
+        };
+        if stat.is_dir() && (stat.dev(), stat.ino()) != (root.dev(), root.ino()) {
+            let above = format!("{proc}/fd/{}/..", name.display());
+            let above = fs::metadata(above).unwrap();
+            assert_eq!((above.dev(), above.ino()), (stat.dev(), stat.ino()));
+        }
+    }
+    // Not one thread is more than the jail lets it be.
+    for task in names(format!("{proc}/task")) {
+        let status = text(Path::new(&format!("{proc}/task/{}/status", task.display())));
+        assert!(status.contains("NoNewPrivs:\t1"), "{status}");
+        assert!(status.contains("Uid:\t70001\t70001\t70001\t"), "{status}");
+    }
+    assert!(matches!(vm.ask(&Request::Kill), Reply::Done));
+    assert_eq!(vm.wait().code(), Some(12));
+}
+
+/// A tap with virtio headers.
+fn tap(name: &str) -> OwnedFd {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun");
+    let file = file.unwrap();
+    // SAFETY: an all-zero ifreq is valid, and the ioctl reads and writes the one it is given.
+    unsafe {
+        let mut request: libc::ifreq = std::mem::zeroed();
+        for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+            *to = from as libc::c_char;
+        }
+        request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as i16;
+        let made = libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request);
+        assert_eq!(made, 0, "{}", std::io::Error::last_os_error());
+    }
+    file.into()
+}
+
+#[test]
+fn a_guest_talks_over_its_tap() {
+    let kernel = with_kernel!("vmlinux");
+    let mut spec = Spec::new(
+        &kernel,
+        "cat /sys/class/net/eth0/address /sys/class/net/eth0/mtu
+         ip link set eth0 up; ip addr add 10.99.7.2/24 dev eth0
+         ping -c 3 -i 0.2 -W 5 -s 1300 10.99.7.1 | grep received
+         nc -l -p 7777 -w 30 > /received & sleep 0.2; echo listening
+         nc -w 30 10.99.7.1 7778 < /bin/busybox; echo sent
+         wait; sha256sum /received | cut -c1-64
+         cat /sys/class/net/eth0/carrier; poweroff -f",
+    );
+    let fd = tap("caisson-e2e");
+    run("ip", &["addr", "add", "10.99.7.1/24", "dev", "caisson-e2e"]);
+    run("ip", &["link", "set", "caisson-e2e", "up", "mtu", "1400"]);
+    let server = std::net::TcpListener::bind("10.99.7.1:7778").unwrap();
+    let tap = spec.lend(fd);
+    spec.config.nets.push(NetConfig {
+        tap,
+        mac: "02:00:00:00:00:07".into(),
+        mtu: 1400,
+    });
+    spec.config.jail = Some(JAIL);
+    let mut vm = spec.boot().unwrap();
+    vm.wait_for("listening");
+    // 64 MiB to the guest, and a file of its to us, byte for byte.
+    let payload: Vec<u8> = (0..64u32 << 20)
+        .map(|i| (i ^ i >> 8 ^ i >> 16) as u8)
+        .collect();
+    let sent = payload.clone();
+    let sender = std::thread::spawn(move || {
+        let mut stream = std::net::TcpStream::connect("10.99.7.2:7777").unwrap();
+        std::io::Write::write_all(&mut stream, &sent).unwrap();
+    });
+    let (mut stream, _) = server.accept().unwrap();
+    let mut got = Vec::new();
+    std::io::Read::read_to_end(&mut stream, &mut got).unwrap();
+    drop(stream);
+    assert!(got == fs::read("/bin/busybox").unwrap());
+    sender.join().unwrap();
+    assert_eq!(vm.wait().code(), Some(0), "{}", vm.console());
+    let console = vm.console();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), &payload).unwrap();
+    let sum = Command::new("sha256sum").arg(file.path()).output().unwrap();
+    let sum = String::from_utf8_lossy(&sum.stdout[..64]).into_owned();
+    for line in [
+        "02:00:00:00:00:07\n1400",
+        "3 packets received",
+        "sent",
+        &sum,
+    ] {
+        assert!(console.contains(line), "no {line:?} in:\n{console}");
+    }
+}
