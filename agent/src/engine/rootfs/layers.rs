@@ -1,0 +1,150 @@
+//! Image layers: EROFS images, each mounted once in the guest for all containers that use it.
+
+use std::collections::BTreeMap;
+use std::ffi::CString;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use nix::mount::{MntFlags, umount2};
+
+use super::loopdev;
+use crate::engine::sys::{self, NewFileSystem};
+use crate::engine::{error::EngineError, paths};
+
+/// Mounted layers. The mount points have short numbers for names, because all of a container's have to fit into one
+/// page of overlay options.
+static MOUNTED: Mutex<BTreeMap<u32, Layer>> = Mutex::new(BTreeMap::new());
+
+struct Layer {
+    /// The image; none for a view of one with a container's own ids.
+    image: Option<PathBuf>,
+    users: usize,
+}
+
+/// A layer that is mounted as long as this lives.
+#[derive(Debug)]
+pub(super) struct LayerMount {
+    number: u32,
+    /// Where.
+    pub path: PathBuf,
+}
+
+fn mounted() -> MutexGuard<'static, BTreeMap<u32, Layer>> {
+    MOUNTED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn directory(number: u32) -> PathBuf {
+    paths::get().layers.join(number.to_string())
+}
+
+impl LayerMount {
+    /// Mounts an image, or takes part in its mount.
+    pub fn of_image(image: &Path) -> Result<Self, EngineError> {
+        let what = || format!("mount the layer {}", image.display());
+        let mut table = mounted();
+        let found = table
+            .iter_mut()
+            .find(|(_, layer)| layer.image.as_deref() == Some(image));
+        if let Some((&number, layer)) = found {
+            layer.users += 1;
+            return Ok(Self {
+                number,
+                path: directory(number),
+            });
+        }
+        let detached = open_image(image).map_err(|error| EngineError::system(what(), error))?;
+        Self::attach(&mut table, &detached, Some(image))
+            .map_err(|error| EngineError::system(what(), error))
+    }
+
+    /// A view of this layer with ids as of a user namespace.
+    pub fn with_ids_of(&self, namespace: BorrowedFd<'_>) -> Result<Self, EngineError> {
+        let view = || -> io::Result<Self> {
+            let path = CString::new(self.path.as_os_str().as_bytes())?;
+            let detached = sys::clone_tree(nix::fcntl::AT_FDCWD, &path, false)?;
+            let mut attributes = sys::no_attributes();
+            attributes.attr_set = libc::MOUNT_ATTR_IDMAP;
+            attributes.userns_fd = namespace.as_raw_fd() as u64;
+            sys::set_attributes(detached.as_fd(), false, &attributes)?;
+            Self::attach(&mut mounted(), &detached, None)
+        };
+        view().map_err(|error| {
+            EngineError::system(
+                format!("map the ids of the layer at {}", self.path.display()),
+                error,
+            )
+        })
+    }
+
+    fn attach(
+        table: &mut BTreeMap<u32, Layer>,
+        detached: &OwnedFd,
+        image: Option<&Path>,
+    ) -> io::Result<Self> {
+        let number = (0..u32::MAX)
+            .find(|number| !table.contains_key(number))
+            .ok_or_else(|| io::Error::from_raw_os_error(libc::ENOSPC))?;
+        let path = directory(number);
+        fs::create_dir_all(&path)?;
+        let place: OwnedFd = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
+            .open(&path)?
+            .into();
+        sys::attach(detached.as_fd(), place.as_fd())?;
+        table.insert(
+            number,
+            Layer {
+                image: image.map(Path::to_owned),
+                users: 1,
+            },
+        );
+        Ok(Self { number, path })
+    }
+}
+
+impl Drop for LayerMount {
+    fn drop(&mut self) {
+        let mut table = mounted();
+        let Some(layer) = table.get_mut(&self.number) else {
+            return;
+        };
+        layer.users -= 1;
+        if layer.users > 0 {
+            return;
+        }
+        // Detached if somebody still looks at it: the kernel unmounts it when they are done. The number is
+        // free in either case.
+        if umount2(&self.path, MntFlags::UMOUNT_NOFOLLOW).is_err() {
+            let _ = umount2(&self.path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+        }
+        let _ = fs::remove_dir(&self.path);
+        table.remove(&self.number);
+    }
+}
+
+/// A detached mount of an EROFS image, through a loop device.
+fn open_image(image: &Path) -> io::Result<OwnedFd> {
+    let file: File = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(image)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("it is not a regular file"));
+    }
+    let device = loopdev::attach(&file)?;
+    let new = NewFileSystem::open(c"erofs")?;
+    let source = CString::new(device.path.as_os_str().as_bytes())?;
+    new.set(c"source", Some(&source))?;
+    new.set(c"ro", None)?;
+    new.mount(libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NODEV)
+        .map_err(|error| match error.raw_os_error() {
+            Some(libc::EINVAL) => io::Error::other("it is not an EROFS image"),
+            _ => error,
+        })
+}
