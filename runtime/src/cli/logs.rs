@@ -64,7 +64,10 @@ pub async fn logs(client: &Client, args: LogsArgs) -> Result<ExitCode, CliError>
     for line in &lines[skip..] {
         show(line, args.timestamps)?;
     }
-    while args.follow {
+    if !args.follow {
+        return Ok(ExitCode::SUCCESS);
+    }
+    loop {
         // The state first: what is in the log after the container has ended is all there will be.
         let state = status(client, &container.id).await?.state();
         let mut more = false;
@@ -73,11 +76,10 @@ pub async fn logs(client: &Client, args: LogsArgs) -> Result<ExitCode, CliError>
             more = true;
         }
         if !more && state == cri::ContainerState::ContainerExited {
-            break;
+            return Ok(ExitCode::SUCCESS);
         }
         tokio::time::sleep(POLL).await;
     }
-    Ok(ExitCode::SUCCESS)
 }
 
 async fn status(client: &Client, id: &str) -> Result<cri::ContainerStatus, CliError> {

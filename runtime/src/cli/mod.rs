@@ -44,7 +44,7 @@ enum Command {
     /// Run the daemon: CRI on a unix socket.
     Serve,
     /// Run a command in a new pod.
-    Run(run::RunArgs),
+    Run(Box<run::RunArgs>),
     /// Run another command in a running container.
     Exec(exec::ExecArgs),
     /// List containers.
@@ -134,7 +134,7 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, CliError> {
             .await
             .map(|()| ExitCode::SUCCESS)
             .map_err(CliError::other),
-        Command::Run(args) => run::run(&connect()?, args).await,
+        Command::Run(args) => run::run(&connect()?, *args).await,
         Command::Exec(args) => exec::exec(&connect()?, args).await,
         Command::Ps(args) => containers::ps(&connect()?, args).await,
         Command::Logs(args) => logs::logs(&connect()?, args).await,

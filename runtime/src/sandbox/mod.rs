@@ -173,8 +173,8 @@ pub trait Sandbox: Send + Sync {
         read_only: bool,
     ) -> Result<String, SandboxError>;
 
-    /// Takes away what was shared with this container.
-    async fn unshare(&self, container_id: &str) -> Result<(), SandboxError>;
+    /// Takes away what was shared with a container that the agent has removed, and closes its log. Idempotent.
+    async fn forget(&self, container_id: &str) -> Result<(), SandboxError>;
 
     /// Ends the sandbox: orderly within `grace`, then by force. Idempotent; always ends.
     async fn stop(&self, grace: std::time::Duration) -> Result<(), SandboxError>;

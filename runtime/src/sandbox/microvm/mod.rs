@@ -194,7 +194,16 @@ impl Sandbox for MicroVm {
         self.share.volume(container_id, host_path, read_only).await
     }
 
-    async fn unshare(&self, container_id: &str) -> Result<(), SandboxError> {
+    async fn forget(&self, container_id: &str) -> Result<(), SandboxError> {
+        if self.control.ended().borrow().is_none() {
+            let request = Request::RemoveLog {
+                container_id: container_id.to_owned(),
+            };
+            self.control
+                .ask(request)
+                .await
+                .map_err(|e| self.error("close the container's log", e))?;
+        }
         self.share.unshare(container_id).await
     }
 
