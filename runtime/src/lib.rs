@@ -9,6 +9,7 @@ pub mod config;
 pub mod cri;
 pub mod daemon;
 pub mod doctor;
+pub mod image;
 pub mod network;
 pub mod sandbox;
 pub mod store;
