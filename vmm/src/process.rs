@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::thread::Builder;
 
 use caisson_vmm_protocol::{CONTROL_FD, Channel, ExitReason, Frame, Reply, Request};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::stat::{SFlag, fstat};
 
@@ -46,6 +47,7 @@ pub fn run() -> ExitCode {
         );
         return ExitCode::from(EXIT_USAGE);
     };
+    raise_descriptor_limit();
     let frame = match await_boot(&mut channel) {
         Ok(Some(frame)) => frame,
         Ok(None) => return ExitCode::from(EXIT_START),
@@ -123,6 +125,15 @@ fn refuse(channel: &mut Channel, error: impl std::fmt::Display) -> ExitCode {
     // The daemon may be gone; then nobody wants to know.
     let _ = channel.send(&Reply::Error { message }, &[]);
     ExitCode::from(EXIT_START)
+}
+
+/// The file server holds a descriptor for each file that the guest knows, and the usual limit is 1024.
+fn raise_descriptor_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        eprintln!("caisson-vmm: the limit of open files stays what it was: {error}");
+    }
 }
 
 /// The control socket, if this process was started with one.

@@ -176,7 +176,8 @@ fn clients_that_misbehave_hurt_nobody() {
     let mut garbage = vm.connect();
     garbage.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
     let mut answer = Vec::new();
-    garbage.read_to_end(&mut answer).unwrap();
+    // What was sent and never read makes it a reset, which comes behind the answer.
+    let _ = garbage.read_to_end(&mut answer);
     assert!(
         String::from_utf8_lossy(&answer).contains("error"),
         "{answer:?}"

@@ -238,6 +238,6 @@ mod tests {
             assert_eq!(page & !0x1f_ffff, address & !0x1f_ffff);
             assert_eq!(page & 0x83, 0x83);
         }
-        assert!(layout::PAGE_TABLES.0 + 6 * PAGE <= layout::CMDLINE.0);
+        const { assert!(layout::PAGE_TABLES.0 + 6 * PAGE <= layout::CMDLINE.0) };
     }
 }

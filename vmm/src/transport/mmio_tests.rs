@@ -1,1 +1,369 @@
+use std::sync::Mutex;
+use std::sync::atomic::AtomicUsize;
 
+use vm_memory::GuestMemoryMmap;
+
+use super::*;
+use crate::virtio::DeviceError;
+
+const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1;
+const V1: u64 = 1 << VIRTIO_F_VERSION_1;
+
+/// A device that only notes what happens to it.
+#[derive(Default)]
+struct Seen {
+    activations: AtomicUsize,
+    resets: AtomicUsize,
+    last: Mutex<Option<Activation>>,
+}
+
+struct Device {
+    seen: Arc<Seen>,
+    fails: bool,
+}
+
+impl VirtioDevice for Device {
+    fn name(&self) -> &'static str {
+        "virtio-test"
+    }
+
+    fn device_type(&self) -> u32 {
+        42
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[8, 16]
+    }
+
+    fn features(&self) -> u64 {
+        FEATURES
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        crate::virtio::read_config_space(&[1, 2, 3, 4], offset, data);
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
+        if self.fails {
+            return Err(DeviceError::Guest {
+                device: "virtio-test",
+                what: "it fails".into(),
+            });
+        }
+        self.seen.activations.fetch_add(1, Ordering::SeqCst);
+        *self.seen.last.lock().unwrap() = Some(activation);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.seen.resets.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn pause(&mut self) {}
+
+    fn resume(&mut self) {}
+}
+
+/// A driver that can misbehave.
+struct Driver {
+    transport: MmioTransport,
+    seen: Arc<Seen>,
+    line: EventFd,
+    failures: Arc<AtomicUsize>,
+}
+
+impl Driver {
+    fn new(fails: bool) -> Self {
+        let seen = Arc::new(Seen::default());
+        let device = Device {
+            seen: Arc::clone(&seen),
+            fails,
+        };
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let line = EventFd::new(EFD_NONBLOCK).unwrap();
+        let failures = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&failures);
+        let sink: FailureSink = Arc::new(move |_| {
+            count.fetch_add(1, Ordering::SeqCst);
+        });
+        let transport = MmioTransport::new(
+            Box::new(device),
+            Memory::new(memory),
+            line.try_clone().unwrap(),
+            sink,
+        );
+        Self {
+            transport: transport.unwrap(),
+            seen,
+            line,
+            failures,
+        }
+    }
+
+    fn read(&self, register: u32) -> u32 {
+        let mut data = [0; 4];
+        self.transport.read(register.into(), &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn write(&mut self, register: u32, value: u32) {
+        self.transport.write(register.into(), &value.to_le_bytes());
+    }
+
+    fn status(&self) -> u32 {
+        self.read(reg::VIRTIO_MMIO_STATUS)
+    }
+
+    fn set_status(&mut self, status: u32) {
+        self.write(reg::VIRTIO_MMIO_STATUS, status);
+    }
+
+    fn negotiate(&mut self, features: u64) {
+        self.set_status(ACKNOWLEDGE);
+        self.set_status(ACKNOWLEDGE | DRIVER);
+        for select in 0..2 {
+            self.write(reg::VIRTIO_MMIO_DRIVER_FEATURES_SEL, select);
+            self.write(
+                reg::VIRTIO_MMIO_DRIVER_FEATURES,
+                (features >> (32 * select)) as u32,
+            );
+        }
+        self.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK);
+    }
+
+    fn queue(&mut self, index: u32, size: u32, base: u32) {
+        self.write(reg::VIRTIO_MMIO_QUEUE_SEL, index);
+        self.write(reg::VIRTIO_MMIO_QUEUE_NUM, size);
+        self.write(reg::VIRTIO_MMIO_QUEUE_DESC_LOW, base);
+        self.write(reg::VIRTIO_MMIO_QUEUE_AVAIL_LOW, base + 0x400);
+        self.write(reg::VIRTIO_MMIO_QUEUE_USED_LOW, base + 0x800);
+        self.write(reg::VIRTIO_MMIO_QUEUE_READY, 1);
+    }
+
+    fn driver_ok(&mut self) {
+        self.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
+    }
+
+    fn active(features: u64) -> Self {
+        let mut driver = Self::new(false);
+        driver.negotiate(features);
+        driver.queue(0, 8, 0x1000);
+        driver.queue(1, 16, 0x2000);
+        driver.driver_ok();
+        driver
+    }
+
+    fn activations(&self) -> usize {
+        self.seen.activations.load(Ordering::SeqCst)
+    }
+}
+
+#[test]
+fn a_driver_that_keeps_the_rules_gets_its_device() {
+    let driver = Driver::active(FEATURES);
+    assert_eq!(driver.read(reg::VIRTIO_MMIO_MAGIC_VALUE), MAGIC);
+    assert_eq!(driver.read(reg::VIRTIO_MMIO_DEVICE_ID), 42);
+    assert_eq!(driver.activations(), 1);
+    assert_eq!(
+        driver.status(),
+        ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
+    );
+    let activation = driver.seen.last.lock().unwrap().take().unwrap();
+    assert_eq!(activation.features, FEATURES);
+    let queues = &activation.queues;
+    assert_eq!(queues.len(), 2);
+    assert_eq!((queues[0].queue.size(), queues[1].queue.size()), (8, 16));
+    assert_eq!(queues[1].queue.desc_table(), 0x2000);
+    assert!(queues[0].queue.event_idx_enabled());
+    // An interrupt reaches the line and the register, and the driver takes it back.
+    activation.interrupt.queue(0).unwrap();
+    activation.interrupt.config().unwrap();
+    assert_eq!(driver.line.read().unwrap(), 2);
+    let mut driver = driver;
+    assert_eq!(driver.read(reg::VIRTIO_MMIO_INTERRUPT_STATUS), 3);
+    assert_eq!(driver.read(reg::VIRTIO_MMIO_CONFIG_GENERATION), 1);
+    driver.write(reg::VIRTIO_MMIO_INTERRUPT_ACK, 1);
+    assert_eq!(driver.read(reg::VIRTIO_MMIO_INTERRUPT_STATUS), 2);
+}
+
+#[test]
+fn the_configuration_space_is_read_at_any_width() {
+    let driver = Driver::new(false);
+    let mut data = [0; 2];
+    driver.transport.read(0x101, &mut data);
+    assert_eq!(data, [2, 3]);
+    let mut data = [9; 8];
+    driver.transport.read(0x102, &mut data);
+    assert_eq!(data, [3, 4, 0, 0, 0, 0, 0, 0]);
+}
+
+#[test]
+fn features_need_version_1_and_must_have_been_offered() {
+    for wanted in [0, V1 | 1 << 20, FEATURES | 1 << 63] {
+        let mut driver = Driver::new(false);
+        driver.negotiate(wanted);
+        assert_eq!(driver.status(), ACKNOWLEDGE | DRIVER, "{wanted:#x}");
+        driver.driver_ok();
+        assert_eq!(driver.activations(), 0);
+    }
+    let mut driver = Driver::new(false);
+    driver.negotiate(V1);
+    // Too late: what was agreed stays.
+    driver.write(reg::VIRTIO_MMIO_DRIVER_FEATURES_SEL, 0);
+    driver.write(reg::VIRTIO_MMIO_DRIVER_FEATURES, 1);
+    assert_eq!(driver.transport.driver_features, V1);
+    // Nor is there a third half.
+    driver.write(reg::VIRTIO_MMIO_DEVICE_FEATURES_SEL, 2);
+    assert_eq!(driver.read(reg::VIRTIO_MMIO_DEVICE_FEATURES), 0);
+}
+
+#[test]
+fn the_status_only_goes_forward() {
+    let mut driver = Driver::new(false);
+    driver.set_status(DRIVER_OK);
+    assert_eq!(driver.status(), 0);
+    driver.set_status(ACKNOWLEDGE | DRIVER);
+    assert_eq!(driver.status(), 0);
+    driver.set_status(ACKNOWLEDGE);
+    driver.set_status(ACKNOWLEDGE | DRIVER);
+    driver.set_status(DRIVER);
+    assert_eq!(driver.status(), ACKNOWLEDGE | DRIVER);
+    driver.set_status(ACKNOWLEDGE | DRIVER | NEEDS_RESET);
+    assert_eq!(driver.status(), ACKNOWLEDGE | DRIVER);
+    driver.set_status(ACKNOWLEDGE | DRIVER | FAILED);
+    driver.driver_ok();
+    assert_eq!(driver.status(), ACKNOWLEDGE | DRIVER | FAILED);
+    assert_eq!(driver.activations(), 0);
+    driver.set_status(0);
+    assert_eq!(driver.status(), 0);
+}
+
+// must-test: queue addresses and sizes rewritten by the guest after activation
+#[test]
+fn an_active_queue_cannot_be_changed() {
+    let mut driver = Driver::active(V1);
+    for (register, value) in [
+        (reg::VIRTIO_MMIO_QUEUE_NUM, 4),
+        (reg::VIRTIO_MMIO_QUEUE_DESC_LOW, 0xdead_0000),
+        (reg::VIRTIO_MMIO_QUEUE_DESC_HIGH, 0xdead),
+        (reg::VIRTIO_MMIO_QUEUE_AVAIL_LOW, 0xdead_0000),
+        (reg::VIRTIO_MMIO_QUEUE_USED_HIGH, 0xdead),
+        (reg::VIRTIO_MMIO_QUEUE_READY, 0),
+    ] {
+        driver.write(reg::VIRTIO_MMIO_QUEUE_SEL, 0);
+        driver.write(register, value);
+    }
+    let slot = &driver.transport.slots[0];
+    assert_eq!((slot.size, slot.ready), (8, true));
+    assert_eq!(
+        (slot.descriptors, slot.driver, slot.device),
+        (0x1000, 0x1400, 0x1800)
+    );
+    // DRIVER_OK again changes nothing either.
+    driver.driver_ok();
+    assert_eq!(driver.activations(), 1);
+}
+
+#[test]
+fn a_ready_queue_is_fixed_before_activation_too() {
+    let mut driver = Driver::new(false);
+    driver.write(reg::VIRTIO_MMIO_QUEUE_NUM, 4);
+    assert_eq!(driver.transport.slots[0].size, 8, "before FEATURES_OK");
+    driver.negotiate(V1);
+    driver.queue(0, 8, 0x1000);
+    driver.write(reg::VIRTIO_MMIO_QUEUE_DESC_LOW, 0x5000);
+    assert_eq!(driver.transport.slots[0].descriptors, 0x1000);
+    driver.write(reg::VIRTIO_MMIO_QUEUE_READY, 0);
+    driver.write(reg::VIRTIO_MMIO_QUEUE_DESC_LOW, 0x5000);
+    assert_eq!(driver.transport.slots[0].descriptors, 0x5000);
+}
+
+// must-test: queue_select out of range
+#[test]
+fn a_queue_that_does_not_exist_reads_as_zero_and_takes_nothing() {
+    let mut driver = Driver::active(V1);
+    for index in [2, 0xffff, u32::MAX] {
+        driver.queue(index, 8, 0x3000);
+        assert_eq!(driver.read(reg::VIRTIO_MMIO_QUEUE_NUM_MAX), 0);
+        assert_eq!(driver.read(reg::VIRTIO_MMIO_QUEUE_READY), 0);
+        driver.write(reg::VIRTIO_MMIO_QUEUE_NOTIFY, index);
+    }
+    driver.write(reg::VIRTIO_MMIO_QUEUE_NOTIFY, 1);
+    let events: Vec<_> = driver.transport.notify_events().collect();
+    assert!(events[0].read().is_err());
+    assert_eq!(events[1].read().unwrap(), 1);
+}
+
+#[test]
+fn queues_that_are_not_valid_do_not_reach_the_device() {
+    // Size, base: not a power of two, zero, too large, unaligned, outside of memory, around its end.
+    for (size, base) in [
+        (7, 0x1000),
+        (0, 0x1000),
+        (16, 0x1000),
+        (1 << 16 | 8, 0x1000),
+        (8, 0x1001),
+        (8, 0x20_0000),
+        (8, 0xf_ff00),
+    ] {
+        let mut driver = Driver::new(false);
+        driver.negotiate(V1);
+        driver.queue(0, size, base);
+        driver.queue(1, 16, 0x2000);
+        driver.driver_ok();
+        assert_eq!(driver.activations(), 0, "{size} {base:#x}");
+        assert_ne!(driver.status() & NEEDS_RESET, 0, "{size} {base:#x}");
+        // The machine goes on; a reset makes the device usable.
+        assert_eq!(driver.failures.load(Ordering::SeqCst), 0);
+        driver.set_status(0);
+        assert_eq!(driver.status(), 0);
+        driver.negotiate(V1);
+        driver.queue(0, 8, 0x1000);
+        driver.queue(1, 16, 0x2000);
+        driver.driver_ok();
+        assert_eq!(driver.activations(), 1);
+    }
+}
+
+#[test]
+fn a_reset_stops_the_device_and_forgets_its_queues() {
+    let mut driver = Driver::active(V1);
+    driver.set_status(0);
+    assert_eq!(driver.seen.resets.load(Ordering::SeqCst), 1);
+    assert_eq!(driver.read(reg::VIRTIO_MMIO_QUEUE_READY), 0);
+    assert_eq!(driver.transport.driver_features, 0);
+    // Resetting what is not active does not reach the device.
+    driver.set_status(0);
+    assert_eq!(driver.seen.resets.load(Ordering::SeqCst), 1);
+}
+
+#[test]
+fn a_device_that_cannot_start_is_reported() {
+    let mut driver = Driver::new(true);
+    driver.negotiate(V1);
+    driver.queue(0, 8, 0x1000);
+    driver.queue(1, 16, 0x2000);
+    driver.driver_ok();
+    assert_ne!(driver.status() & NEEDS_RESET, 0);
+    assert_eq!(driver.failures.load(Ordering::SeqCst), 1);
+}
+
+#[test]
+fn accesses_of_odd_width_or_place_do_nothing() {
+    let mut driver = Driver::active(V1);
+    driver
+        .transport
+        .write(reg::VIRTIO_MMIO_STATUS.into(), &[0; 2]);
+    driver
+        .transport
+        .write(reg::VIRTIO_MMIO_STATUS.into(), &[0; 8]);
+    driver
+        .transport
+        .write(u64::from(reg::VIRTIO_MMIO_STATUS) + 1, &[0; 4]);
+    assert_ne!(driver.status(), 0);
+    let mut data = [9; 8];
+    driver.transport.read(0, &mut data);
+    assert_eq!(data, [0; 8]);
+    driver.transport.read(0xfff, &mut data);
+    assert_eq!(data, [0; 8]);
+}
