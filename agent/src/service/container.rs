@@ -3,7 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use caisson_proto::agent::container_state::State;
 use caisson_proto::agent::{ContainerState, ExitStatus};
@@ -138,8 +138,8 @@ pub enum Phase {
 pub struct Container {
     /// Its name.
     pub id: String,
-    /// The engine's part. Locked only in blocking tasks: shared for everything but removal.
-    pub engine: RwLock<engine::Container>,
+    /// The engine's part. Its calls can block.
+    pub engine: engine::Container,
     /// Its own process.
     pub init: Arc<Process>,
     /// Its cgroup's `memory.events`.
@@ -158,7 +158,7 @@ impl Container {
         Arc::new(Self {
             id,
             memory_events: engine.memory_events_path(),
-            engine: RwLock::new(engine),
+            engine,
             init,
             oom_kills: AtomicU64::new(0),
             stats_running: AtomicBool::new(false),

@@ -1,7 +1,7 @@
 //! CreateContainer, StartContainer, UpdateContainer, RemoveContainer.
 
 use std::path::PathBuf;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use caisson_proto::agent::CreateContainerRequest;
 
@@ -9,7 +9,7 @@ use super::blocking;
 use super::container::{Container, Phase, Process};
 use super::error::ServiceError;
 use super::exits;
-use super::pod::{Pod, Reservation};
+use super::pod::Pod;
 use super::stdio::{Streams, Wanted};
 use crate::engine::spec::{LinuxResources, Spec};
 use crate::engine::{self, RootFs};
@@ -42,12 +42,8 @@ pub async fn create(pod: Arc<Pod>, request: CreateContainerRequest) -> Result<i3
     }
     exits::watch_init(pod.clone(), container.clone(), exit);
     info!("container {} created, process {pid}", container.id);
-    fulfil(reservation, container);
-    Ok(pid)
-}
-
-fn fulfil(reservation: Reservation, container: Arc<Container>) {
     reservation.fulfil(container);
+    Ok(pid)
 }
 
 /// The blocking part of [`create`]: undone as a whole if a step of it fails.
@@ -68,7 +64,7 @@ fn make(
     let rootfs = RootFs {
         layers: layers.into_iter().map(PathBuf::from).collect(),
     };
-    let (mut container, master) =
+    let (container, master) =
         engine::Container::create(&request.container_id, spec, rootfs, stdio)?;
     let streams = match master.map(Streams::terminal).transpose() {
         Ok(terminal) => terminal.unwrap_or(pipes),
@@ -92,14 +88,7 @@ pub async fn with_engine<T: Send + 'static>(
     call: impl FnOnce(&engine::Container) -> Result<T, engine::EngineError> + Send + 'static,
 ) -> Result<T, ServiceError> {
     let container = container.clone();
-    let result = blocking(move || {
-        let engine = container
-            .engine
-            .read()
-            .unwrap_or_else(PoisonError::into_inner);
-        call(&engine)
-    });
-    Ok(result.await??)
+    Ok(blocking(move || call(&container.engine)).await??)
 }
 
 /// Lets a created container's process run.
@@ -128,14 +117,7 @@ pub async fn remove(pod: Arc<Pod>, id: String) -> Result<(), ServiceError> {
     let Some(container) = pod.take_for_removal(&id).await else {
         return Ok(());
     };
-    let destroyed = blocking(move || {
-        let mut engine = container
-            .engine
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
-        engine.destroy()
-    });
-    let result = match destroyed.await {
+    let result = match blocking(move || container.engine.destroy()).await {
         Ok(result) => result.map_err(ServiceError::from),
         Err(error) => Err(error),
     };

@@ -22,10 +22,7 @@ pub fn watch_init(pod: Arc<Pod>, container: Arc<Container>, exit: oneshot::Recei
         finish(&pod, &container, "", &container.init, exit, oom_killed);
         // Without a PID namespace of its own the container's other processes do not end with the first.
         let kill = tokio::task::spawn_blocking(move || {
-            let engine = container.engine.read();
-            if let Ok(engine) = engine
-                && let Err(error) = engine.signal_all(libc::SIGKILL)
-            {
+            if let Err(error) = container.engine.signal_all(libc::SIGKILL) {
                 warn!("end what is left of container {}: {error}", container.id);
             }
         });

@@ -48,10 +48,15 @@ impl Streams {
         Ok((streams, stdio))
     }
 
-    /// The one stream of a process with a terminal.
+    /// The streams of a process with a terminal: the terminal itself, and its input by itself. The one who
+    /// writes the log holds the terminal; whoever attaches later still can type.
     pub fn terminal(master: OwnedFd) -> io::Result<Self> {
+        let input = master.try_clone()?;
         Ok(Self {
-            ends: vec![Endpoint::new(Kind::Tty, master)?],
+            ends: vec![
+                Endpoint::new(Kind::Tty, master)?,
+                Endpoint::new(Kind::Stdin, input)?,
+            ],
         })
     }
 

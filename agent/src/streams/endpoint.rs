@@ -195,6 +195,11 @@ impl Endpoint {
         }
     }
 
+    /// Whether it is a terminal's input or both of its directions.
+    pub fn is_terminal(&self) -> bool {
+        self.fd().is_some_and(|fd| is_terminal(&fd))
+    }
+
     /// Sets a terminal's window size.
     ///
     /// # Errors
@@ -216,4 +221,9 @@ impl Endpoint {
         }
         Ok(())
     }
+}
+
+/// Whether a descriptor is a terminal's.
+pub fn is_terminal(fd: &AsyncFd<OwnedFd>) -> bool {
+    nix::unistd::isatty(fd.get_ref()).unwrap_or(false)
 }

@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest};
 
-use super::endpoint::{CHUNK, Endpoint, Kind, Pending, Turn};
+use super::endpoint::{CHUNK, Endpoint, Kind, Pending, Turn, is_terminal};
 
 /// Why a direction ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,7 +51,12 @@ pub async fn serve<S: AsyncRead + AsyncWrite>(mut turn: Turn, client: S) {
     in_flight.input.shrink();
     drop(fd);
     match end {
-        // A half-close reaches here for standard input only: for the process it is the end of file.
+        // A half-close reaches here for standard input only. For a pipe it is the process's end of file; a
+        // terminal's input stays open for the next one who types.
+        End::HalfClose if endpoint.is_terminal() => {
+            drop(turn);
+            let _ = writer.shutdown().await;
+        }
         End::Process | End::HalfClose => {
             endpoint.close();
             drop(turn);
@@ -162,7 +167,7 @@ async fn input(
                 Err(_) => return End::Lost,
             },
             // A pipe whose reader has gone says so while nothing is written, too.
-            _ = fd.ready(Interest::ERROR), if fd_is_pipe(fd) => return End::Process,
+            _ = fd.ready(Interest::ERROR), if !is_terminal(fd) => return End::Process,
         }
     }
 }
@@ -198,8 +203,4 @@ async fn read_chunk(
 async fn write_some(fd: &AsyncFd<OwnedFd>, bytes: &[u8]) -> io::Result<usize> {
     fd.async_io(Interest::WRITABLE, |fd| Ok(nix::unistd::write(fd, bytes)?))
         .await
-}
-
-fn fd_is_pipe(fd: &AsyncFd<OwnedFd>) -> bool {
-    !nix::unistd::isatty(fd.get_ref()).unwrap_or(false)
 }
