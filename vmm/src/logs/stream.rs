@@ -177,7 +177,8 @@ impl Log {
         }
         drop(tees);
         self.arrivals(tag).end();
-        if self.left.fetch_sub(1, Ordering::AcqRel) == 1 {
+        let last = self.left.fetch_sub(1, Ordering::AcqRel) == 1;
+        if last && !self.unwanted.load(Ordering::Relaxed) {
             (self.events)(Event::LogDrained {
                 container_id: self.id.clone(),
             });

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::NAME;
 use super::muxer::Muxer;
@@ -32,23 +32,20 @@ pub struct VsockHandler {
 }
 
 impl VsockHandler {
-    /// # Errors
-    /// The muxer comes back where the system gives us no event.
+    /// A handler for these rings. `again` is a non-blocking event of its own.
     pub fn new(
         memory: Memory,
         receive: Ring,
         transmit: Ring,
+        again: EventFd,
         muxer: Muxer,
-    ) -> Result<Self, (Muxer, std::io::Error)> {
-        match EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC) {
-            Ok(again) => Ok(Self {
-                memory,
-                receive,
-                transmit,
-                again,
-                muxer,
-            }),
-            Err(error) => Err((muxer, error)),
+    ) -> Self {
+        Self {
+            memory,
+            receive,
+            transmit,
+            again,
+            muxer,
         }
     }
 

@@ -13,6 +13,8 @@ mod connection;
 mod connector;
 mod handler;
 mod handshake;
+#[cfg(test)]
+mod hostile_tests;
 mod muxer;
 mod packet;
 mod receive;
@@ -31,6 +33,7 @@ use virtio_bindings::bindings::virtio_ring::{
 };
 use virtio_queue::QueueT;
 use vm_memory::GuestAddressSpace;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 pub use connector::VsockConnector;
 pub use muxer::{MAX_CONNECTIONS, ReadyCallback};
@@ -152,18 +155,16 @@ impl VirtioDevice for Vsock {
         }
         drop(guard);
         let mut rings = rings.into_iter();
-        let (Some(receive), Some(transmit), Some(muxer)) =
-            (rings.next(), rings.next(), self.muxer.take())
-        else {
-            return Err(Self::host_error(io::Error::other(
-                "it is active already, or its worker did not come back",
-            )));
+        let (Some(receive), Some(transmit)) = (rings.next(), rings.next()) else {
+            return Err(Self::host_error(io::ErrorKind::InvalidInput.into()));
         };
-        let handler =
-            VsockHandler::new(memory, receive, transmit, muxer).map_err(|(muxer, error)| {
-                self.muxer = Some(muxer);
-                Self::host_error(error)
-            })?;
+        let again = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Self::host_error)?;
+        let muxer = self.muxer.take().ok_or_else(|| {
+            Self::host_error(io::Error::other(
+                "it is active already, or its worker did not come back",
+            ))
+        })?;
+        let handler = VsockHandler::new(memory, receive, transmit, again, muxer);
         let worker = Worker::spawn(NAME, handler, failure).map_err(Self::host_error)?;
         self.worker = Some(worker);
         Ok(())
