@@ -125,7 +125,9 @@ pub fn build_and_boot(
         kernel::write_boot_params(vm.memory(), &kernel, initramfs, &config.cmdline, rsdp)?;
         Ok(())
     })?;
-    let vcpus = timeline.measure("create vcpus", || vm.create_vcpus(config.vcpus, &kernel))?;
+    let vcpus = timeline.measure("create vcpus", || {
+        vm.create_vcpus(config.vcpus, kernel.entry)
+    })?;
     let serial = Serial::new(
         SerialLine(vm.interrupt_line(layout::SERIAL_GSI)?),
         Console::new(config.console, config.console_limit).map_err(start("console"))?,
@@ -162,10 +164,7 @@ struct Devices {
 }
 
 /// Makes the devices, in the order in which the guest sees them.
-fn create_devices(
-    config: &mut MachineConfig,
-    events: &Arc<Events>,
-) -> Result<Devices, BootError> {
+fn create_devices(config: &mut MachineConfig, events: &Arc<Events>) -> Result<Devices, BootError> {
     let mut all: Vec<Box<dyn VirtioDevice>> = Vec::new();
     for disk in config.disks.drain(..) {
         let device = Block::new(disk.file.into(), &disk.serial, disk.read_only)

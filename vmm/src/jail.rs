@@ -21,7 +21,9 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::stat::Mode;
 use nix::sys::wait::{WaitStatus, waitpid};
-use nix::unistd::{ForkResult, Gid, Uid, chdir, fchdir, fork, pivot_root, setgroups, setresgid, setresuid};
+use nix::unistd::{
+    ForkResult, Gid, Uid, chdir, fchdir, fork, pivot_root, setgroups, setresgid, setresuid,
+};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create,
     fsconfig_set_string, fsmount, fsopen, move_mount, open_tree,
@@ -170,19 +172,31 @@ fn leave_user_namespace(own_proc: OwnedFd) -> Result<(), JailError> {
     drop(unshared);
     let told = unshare(CloneFlags::CLONE_NEWUSER)
         .map_err(step("leave the host's user namespace"))
-        .and_then(|()| tell.write_all(&[1]).map_err(step("have its user IDs mapped")));
+        .and_then(|()| {
+            tell.write_all(&[1])
+                .map_err(step("have its user IDs mapped"))
+        });
     drop(tell);
     let status = waitpid(child, None).map_err(step("have its user IDs mapped"))?;
     told?;
     match status {
         WaitStatus::Exited(_, 0) => Ok(()),
-        WaitStatus::Exited(_, errno) => Err(step("map its user IDs")(io::Error::from_raw_os_error(errno))),
-        _ => Err(step("map its user IDs")(io::Error::from(io::ErrorKind::Interrupted))),
+        WaitStatus::Exited(_, errno) => Err(step("map its user IDs")(
+            io::Error::from_raw_os_error(errno),
+        )),
+        _ => Err(step("map its user IDs")(io::Error::from(
+            io::ErrorKind::Interrupted,
+        ))),
     }
 }
 
 fn write_map(own_proc: &OwnedFd, name: &str) -> io::Result<()> {
-    let file = openat(own_proc, name, OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty())?;
+    let file = openat(
+        own_proc,
+        name,
+        OFlag::O_WRONLY | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    )?;
     // The kernel takes a map in one write or not at all.
     match File::from(file).write(IDENTITY_MAP)? {
         n if n == IDENTITY_MAP.len() => Ok(()),

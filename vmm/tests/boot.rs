@@ -235,7 +235,8 @@ fn a_machine_that_nobody_boots_ends() {
     drop(channel);
     assert_eq!(child.wait().unwrap().code(), Some(1));
     let (mut child, channel) = spawn();
-    (&*channel.stream())
+    channel
+        .stream()
         .write_all(b"\xff\xff\xff\xffnonsense")
         .unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(1));

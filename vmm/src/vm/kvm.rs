@@ -5,11 +5,10 @@ use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 
 use kvm_bindings::{KVM_API_VERSION, kvm_userspace_memory_region, kvm_xcrs};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
-use vm_memory::{Address, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::arch::cpuid::{Cpuid, CpuidError};
-use crate::arch::kernel::LoadedKernel;
 use crate::arch::layout;
 use crate::arch::regs::{self, RegsError};
 use crate::transport::mmio::{MmioTransport, QUEUE_NOTIFY};
@@ -134,11 +133,11 @@ impl KvmVm {
         Ok(())
     }
 
-    /// Makes the vCPUs. The first one will enter the kernel, the others wait to be woken by it.
+    /// Makes the vCPUs. The first one will begin at `entry`, the others wait to be woken by it.
     ///
     /// # Errors
     /// [`KvmError`].
-    pub fn create_vcpus(&self, count: u8, kernel: &LoadedKernel) -> Result<Vec<VcpuFd>, KvmError> {
+    pub fn create_vcpus(&self, count: u8, entry: GuestAddress) -> Result<Vec<VcpuFd>, KvmError> {
         let cpuid = Cpuid::new(&self.kvm, count)?;
         regs::write_boot_tables(&self.memory)?;
         (0..count)
@@ -150,7 +149,7 @@ impl KvmVm {
                 vcpu.set_cpuid2(&cpuid.for_vcpu(id)?)
                     .map_err(ioctl("take a vCPU's CPUID"))?;
                 set_features(&vcpu, &cpuid)?;
-                regs::set_up(&vcpu, (id == 0).then_some(kernel.entry))?;
+                regs::set_up(&vcpu, (id == 0).then_some(entry))?;
                 Ok(vcpu)
             })
             .collect()

@@ -82,3 +82,6 @@ impl Machine {
         }
     }
 }
+
+#[cfg(test)]
+mod kvm_tests;
