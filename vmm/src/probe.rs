@@ -20,8 +20,9 @@ const CODE: GuestAddress = GuestAddress(0x2_0000);
 const LOOP: [u8; 6] = [0x48, 0xff, 0xc9, 0x75, 0xfb, 0xf4];
 const INSTRUCTIONS_A_ROUND: u64 = 2;
 const ROUNDS: u64 = 10_000_000;
-/// Below so many instructions a second a kernel does not boot in a sensible time.
-const ENOUGH_A_SECOND: u64 = 50_000_000;
+/// Below so many instructions a second a kernel does not boot in a sensible time. KVM that emulates each
+/// instruction manages two million at most; one that works, in a lab on a very busy machine, 37 million.
+const ENOUGH_A_SECOND: u64 = 10_000_000;
 /// After so long the loop is interrupted and counted as far as it came.
 const LIMIT: Duration = Duration::from_millis(1000);
 
