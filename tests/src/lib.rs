@@ -1,1 +1,18 @@
-//! 
+//! What the end-to-end tests share: a throw-away node with the real daemon, and a client of it.
+//!
+//! The programs come from the directory that `CAISSON_BUILD` names (`scripts/build` makes it), the image from
+//! `scripts/demo-image`. A machine on which KVM does not work is no place for these tests: [`Node::start`] says
+//! "skipped" with the reason there; `scripts/test` runs them in the KVM lab instead.
+
+mod leaks;
+mod logs;
+mod node;
+mod pods;
+
+pub use leaks::Traces;
+pub use logs::{Line, read_log};
+pub use node::{Node, NodeOptions};
+pub use pods::{Container, ContainerOptions, Pod, PodOptions};
+
+/// The name of the image that every node has.
+pub const IMAGE: &str = "docker.io/library/busybox:test";

@@ -1,0 +1,348 @@
+//! A node: a daemon with directories, a network and an image of its own.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use caisson_proto::cli::cli_client::CliClient;
+use caisson_proto::cri;
+use caisson_proto::cri::image_service_client::ImageServiceClient;
+use caisson_proto::cri::runtime_service_client::RuntimeServiceClient;
+use hyper_util::rt::TokioIo;
+use tempfile::TempDir;
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint};
+
+use crate::{IMAGE, Traces};
+
+/// The bridge of the tests' pods.
+const BRIDGE: &str = "caisson-test0";
+
+/// What a test wants otherwise than usual.
+#[derive(Clone, Debug, Default)]
+pub struct NodeOptions {
+    /// Another guest kernel.
+    pub kernel: Option<PathBuf>,
+    /// Durable state here.
+    pub root: Option<PathBuf>,
+    /// Run the daemon where there is no /dev/kvm.
+    pub hide_kvm: bool,
+    /// No CNI configuration.
+    pub no_network: bool,
+    /// Do not load the image.
+    pub no_image: bool,
+}
+
+/// A running daemon. Dropping it ends the daemon and every pod process.
+pub struct Node {
+    /// CRI's pods and containers.
+    pub runtime: RuntimeServiceClient<Channel>,
+    /// CRI's images.
+    pub images: ImageServiceClient<Channel>,
+    /// What the command line uses beside CRI.
+    pub cli: CliClient<Channel>,
+    dir: TempDir,
+    state: TempDir,
+    root: PathBuf,
+    options: NodeOptions,
+    daemon: Child,
+    before: Traces,
+}
+
+impl Node {
+    /// A node as most tests want it; `None`, said aloud, where KVM does not work.
+    pub async fn start() -> Option<Self> {
+        Self::start_with(NodeOptions::default()).await
+    }
+
+    /// A node with options.
+    pub async fn start_with(options: NodeOptions) -> Option<Self> {
+        let probe = Command::new(build().join("caisson-vmm"))
+            .arg("probe")
+            .output()
+            .expect("caisson-vmm probe runs");
+        let probe: serde_json::Value =
+            serde_json::from_slice(&probe.stdout).expect("the probe answers in JSON");
+        if probe["works"] != true {
+            eprintln!("skipped: needs KVM: {}", probe["reason"]);
+            return None;
+        }
+        let before = Traces::now();
+        let dir = tempfile::Builder::new()
+            .prefix("caisson-test-")
+            .tempdir_in("/var/lib")
+            .expect("a directory in /var/lib");
+        let state = tempfile::Builder::new()
+            .prefix("ct-")
+            .tempdir_in("/run")
+            .expect("a directory in /run");
+        let root = options
+            .root
+            .clone()
+            .unwrap_or_else(|| dir.path().join("root"));
+        configure(dir.path(), state.path(), &root, &options);
+        let daemon = spawn(dir.path(), options.hide_kvm);
+        let (runtime, images, cli) = clients(&state.path().join("caisson.sock"));
+        let mut node = Self {
+            runtime,
+            images,
+            cli,
+            dir,
+            state,
+            root,
+            options,
+            daemon,
+            before,
+        };
+        node.wait_until_serving().await;
+        if !node.options.no_image {
+            let archive = image_archive(node.dir.path());
+            let loaded = node.caisson(&["load", "--name", IMAGE, &archive.to_string_lossy()]);
+            assert!(loaded.status.success(), "{loaded:?}");
+        }
+        Some(node)
+    }
+
+    /// Runs the `caisson` command against this node.
+    pub fn caisson(&self, arguments: &[&str]) -> Output {
+        self.command(arguments)
+            .stdin(Stdio::null())
+            .output()
+            .expect("caisson runs")
+    }
+
+    /// The `caisson` command against this node, to be run by the caller.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(build().join("caisson"));
+        command
+            .arg("--config")
+            .arg(self.dir.path().join("config.toml"))
+            .args(arguments);
+        command
+    }
+
+    /// A directory of this node's for a test's own files.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Where the daemon keeps its durable state.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Where the daemon keeps its run-time state.
+    pub fn state(&self) -> &Path {
+        self.state.path()
+    }
+
+    /// Kills the daemon (SIGKILL) and starts it again.
+    pub async fn restart(&mut self) {
+        self.daemon.kill().expect("the daemon is killed");
+        self.daemon.wait().expect("the daemon is waited for");
+        self.daemon = spawn(self.dir.path(), self.options.hide_kvm);
+        (self.runtime, self.images, self.cli) = clients(&self.state.path().join("caisson.sock"));
+        self.wait_until_serving().await;
+    }
+
+    /// What the daemon has logged.
+    pub fn daemon_log(&self) -> String {
+        fs::read_to_string(self.dir.path().join("daemon.log")).unwrap_or_default()
+    }
+
+    /// Asserts that pods have left nothing on the machine since the node was started: the daemon's own process and
+    /// directories apart, everything is as before.
+    pub async fn assert_nothing_left(&self) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            let left = self.left();
+            if left.is_empty() {
+                return;
+            }
+            // A process that was killed may still be on its way out.
+            assert!(
+                Instant::now() < deadline,
+                "left behind: {left:#?}\n{}",
+                self.daemon_log()
+            );
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
+
+    fn left(&self) -> Vec<String> {
+        let mut left = Traces::now().since(&self.before);
+        left.retain(|trace| !trace.contains(BRIDGE));
+        for pods in [self.state.path().join("pods"), self.root.join("pods")] {
+            left.extend(entries(&pods));
+        }
+        let leases = self.dir.path().join("leases/test");
+        left.extend(
+            entries(&leases)
+                .into_iter()
+                .filter(|lease| !lease.contains("last_reserved_ip") && !lease.ends_with("lock")),
+        );
+        left.extend(entries(&self.root.join("cni")));
+        left
+    }
+
+    async fn wait_until_serving(&mut self) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let version = self.runtime.version(cri::VersionRequest::default()).await;
+            let Err(status) = version else { return };
+            if let Some(exit) = self.daemon.try_wait().expect("the daemon can be asked") {
+                panic!("the daemon ended ({exit}): {}", self.daemon_log());
+            }
+            assert!(Instant::now() < deadline, "{status}\n{}", self.daemon_log());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("--- the daemon's log\n{}", self.daemon_log());
+            for pod in entries(&self.state.path().join("pods")) {
+                for file in ["vmm.log", "console.log", "exit.json"] {
+                    let text = fs::read_to_string(Path::new(&pod).join(file)).unwrap_or_default();
+                    let tail: Vec<_> = text.lines().rev().take(25).collect();
+                    let tail: Vec<_> = tail.into_iter().rev().collect();
+                    eprintln!("--- {pod}/{file}\n{}", tail.join("\n"));
+                }
+            }
+        }
+        let _ = self.daemon.kill();
+        let _ = self.daemon.wait();
+        // Whatever a failed test left: the next one starts clean.
+        Traces::now().kill_new_processes(&self.before);
+        for mount in Traces::now().mounts_below(self.state.path()) {
+            let _ = nix::mount::umount2(mount.as_str(), nix::mount::MntFlags::MNT_DETACH);
+        }
+    }
+}
+
+/// The directory with the programs under test.
+fn build() -> PathBuf {
+    let named = std::env::var_os("CAISSON_BUILD").map(PathBuf::from);
+    named.expect("CAISSON_BUILD names the directory that scripts/build made")
+}
+
+fn clients(
+    socket: &Path,
+) -> (
+    RuntimeServiceClient<Channel>,
+    ImageServiceClient<Channel>,
+    CliClient<Channel>,
+) {
+    let path = socket.to_owned();
+    let connector = tower::service_fn(move |_: tonic::codegen::http::Uri| {
+        let path = path.clone();
+        async move { UnixStream::connect(path).await.map(TokioIo::new) }
+    });
+    let channel = Endpoint::from_static("http://caisson").connect_with_connector_lazy(connector);
+    let most = 64 << 20;
+    (
+        RuntimeServiceClient::new(channel.clone()).max_decoding_message_size(most),
+        ImageServiceClient::new(channel.clone()),
+        CliClient::new(channel),
+    )
+}
+
+fn configure(dir: &Path, state: &Path, root: &Path, options: &NodeOptions) {
+    let conf = dir.join("net.d");
+    fs::create_dir_all(&conf).expect("a directory for CNI");
+    if !options.no_network {
+        let list = format!(
+            r#"{{"cniVersion": "1.0.0", "name": "test", "plugins": [
+                {{"type": "bridge", "bridge": "{BRIDGE}", "isGateway": true, "ipMasq": false, "mtu": 1400,
+                  "ipam": {{"type": "host-local", "dataDir": "{}/leases",
+                    "ranges": [[{{"subnet": "10.99.0.0/16"}}], [{{"subnet": "fd99::/64"}}]],
+                    "routes": [{{"dst": "0.0.0.0/0"}}]}}}}]}}"#,
+            dir.display()
+        );
+        fs::write(conf.join("10-test.conflist"), list).expect("a CNI configuration");
+    }
+    let kernel = options
+        .kernel
+        .clone()
+        .unwrap_or_else(|| build().join("vmlinux"));
+    let text = format!(
+        r#"
+root = "{root}"
+state = "{state}"
+socket = "{state}/caisson.sock"
+log_level = "info"
+
+[microvm]
+vmm = "{build}/caisson-vmm"
+kernel = "{kernel}"
+initramfs = "{build}/initramfs.cpio"
+vcpus = 1
+memory_mib = 192
+scratch_gib = 2
+
+[cni]
+conf_dir = "{conf}"
+bin_dirs = ["/usr/lib/cni", "/opt/cni/bin"]
+"#,
+        root = root.display(),
+        state = state.display(),
+        build = build().display(),
+        kernel = kernel.display(),
+        conf = conf.display(),
+    );
+    fs::write(dir.join("config.toml"), text).expect("a configuration");
+}
+
+fn spawn(dir: &Path, hide_kvm: bool) -> Child {
+    let log = fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(dir.join("daemon.log"))
+        .expect("a log file");
+    let caisson = build().join("caisson");
+    let mut command = if hide_kvm {
+        // A mount namespace of its own with a /dev that has everything a daemon needs, but no KVM.
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-ec"]).arg(
+            "d=$(mktemp -d); mount -t tmpfs dev $d; mkdir $d/net $d/pts
+             for n in null zero urandom random net/tun; do touch $d/$n; mount --bind /dev/$n $d/$n; done
+             mount --move $d /dev; exec \"$@\"",
+        );
+        command.arg("sh").arg(caisson);
+        command
+    } else {
+        Command::new(caisson)
+    };
+    command
+        .arg("--config")
+        .arg(dir.join("config.toml"))
+        .arg("serve")
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().expect("a second handle"))
+        .stderr(log)
+        .spawn()
+        .expect("the daemon starts")
+}
+
+/// The image archive, made once per machine.
+fn image_archive(dir: &Path) -> PathBuf {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/demo-image");
+    let archive = dir.join("busybox.tar");
+    let made = Command::new(script)
+        .arg(&archive)
+        .output()
+        .expect("scripts/demo-image runs");
+    assert!(made.status.success(), "{made:?}");
+    archive
+}
+
+fn entries(dir: &Path) -> Vec<String> {
+    fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .filter_map(|e| Some(e.ok()?.path().to_string_lossy().into_owned()))
+        .collect()
+}

@@ -1,0 +1,317 @@
+//! Pods and containers as a kubelet makes them.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use caisson_proto::cri;
+use cri::ContainerState;
+use tonic::Status;
+
+use crate::{IMAGE, Line, Node, read_log};
+
+/// A pod, by its sandbox's ID.
+#[derive(Clone, Debug)]
+pub struct Pod {
+    /// The pod sandbox's ID.
+    pub id: String,
+    /// What it was made from.
+    pub config: cri::PodSandboxConfig,
+}
+
+/// A container, by its ID.
+#[derive(Clone, Debug)]
+pub struct Container {
+    /// The container's ID.
+    pub id: String,
+    /// Its log file.
+    pub log: PathBuf,
+}
+
+/// How a pod differs from the usual one.
+#[derive(Clone, Debug, Default)]
+pub struct PodOptions {
+    /// Containers share one PID namespace.
+    pub share_pids: bool,
+    /// The runtime handler.
+    pub handler: String,
+    /// The pod's memory limit in bytes.
+    pub memory: i64,
+    /// Name servers.
+    pub dns: Vec<String>,
+}
+
+/// How a container differs from the usual one.
+#[derive(Clone, Debug, Default)]
+pub struct ContainerOptions {
+    /// The memory limit in bytes.
+    pub memory: i64,
+    /// Mounts.
+    pub mounts: Vec<cri::Mount>,
+    /// Standard input is kept open.
+    pub stdin: bool,
+    /// A terminal.
+    pub tty: bool,
+    /// Containers of the pod share PIDs.
+    pub share_pids: bool,
+    /// Another image.
+    pub image: Option<String>,
+}
+
+impl Node {
+    /// Runs a usual pod.
+    pub async fn pod(&self, name: &str) -> Pod {
+        self.pod_with(name, PodOptions::default())
+            .await
+            .unwrap_or_else(|status| panic!("RunPodSandbox {name}: {status}"))
+    }
+
+    /// Runs a pod.
+    pub async fn pod_with(&self, name: &str, options: PodOptions) -> Result<Pod, Status> {
+        let pid = if options.share_pids {
+            cri::NamespaceMode::Pod
+        } else {
+            cri::NamespaceMode::Container
+        };
+        let config = cri::PodSandboxConfig {
+            metadata: Some(cri::PodSandboxMetadata {
+                name: name.to_owned(),
+                uid: format!("uid-{name}"),
+                namespace: "test".to_owned(),
+                attempt: 0,
+            }),
+            hostname: name.to_owned(),
+            log_directory: self.dir().join("logs").join(name).display().to_string(),
+            dns_config: Some(cri::DnsConfig {
+                servers: options.dns,
+                ..cri::DnsConfig::default()
+            }),
+            labels: HashMap::from([("test".to_owned(), name.to_owned())]),
+            linux: Some(cri::LinuxPodSandboxConfig {
+                security_context: Some(cri::LinuxSandboxSecurityContext {
+                    namespace_options: Some(cri::NamespaceOption {
+                        pid: pid.into(),
+                        ..cri::NamespaceOption::default()
+                    }),
+                    ..cri::LinuxSandboxSecurityContext::default()
+                }),
+                resources: Some(cri::LinuxContainerResources {
+                    memory_limit_in_bytes: options.memory,
+                    ..cri::LinuxContainerResources::default()
+                }),
+                ..cri::LinuxPodSandboxConfig::default()
+            }),
+            ..cri::PodSandboxConfig::default()
+        };
+        let request = cri::RunPodSandboxRequest {
+            config: Some(config.clone()),
+            runtime_handler: options.handler,
+        };
+        let response = self.runtime.clone().run_pod_sandbox(request).await?;
+        Ok(Pod {
+            id: response.into_inner().pod_sandbox_id,
+            config,
+        })
+    }
+
+    /// Makes a container that runs a shell script.
+    pub async fn create(
+        &self,
+        pod: &Pod,
+        name: &str,
+        script: &str,
+        options: ContainerOptions,
+    ) -> Result<Container, Status> {
+        let pid = if options.share_pids {
+            cri::NamespaceMode::Pod
+        } else {
+            cri::NamespaceMode::Container
+        };
+        let config = cri::ContainerConfig {
+            metadata: Some(cri::ContainerMetadata {
+                name: name.to_owned(),
+                attempt: 0,
+            }),
+            image: Some(cri::ImageSpec {
+                image: options.image.unwrap_or_else(|| IMAGE.to_owned()),
+                ..cri::ImageSpec::default()
+            }),
+            command: ["sh", "-c", script].map(str::to_owned).to_vec(),
+            mounts: options.mounts,
+            log_path: format!("{name}.log"),
+            stdin: options.stdin,
+            tty: options.tty,
+            linux: Some(cri::LinuxContainerConfig {
+                resources: Some(cri::LinuxContainerResources {
+                    memory_limit_in_bytes: options.memory,
+                    ..cri::LinuxContainerResources::default()
+                }),
+                security_context: Some(cri::LinuxContainerSecurityContext {
+                    namespace_options: Some(cri::NamespaceOption {
+                        pid: pid.into(),
+                        ..cri::NamespaceOption::default()
+                    }),
+                    ..cri::LinuxContainerSecurityContext::default()
+                }),
+            }),
+            ..cri::ContainerConfig::default()
+        };
+        let request = cri::CreateContainerRequest {
+            pod_sandbox_id: pod.id.clone(),
+            config: Some(config),
+            sandbox_config: Some(pod.config.clone()),
+        };
+        let response = self.runtime.clone().create_container(request).await?;
+        let mut log = PathBuf::from(&pod.config.log_directory);
+        log.push(format!("{name}.log"));
+        Ok(Container {
+            id: response.into_inner().container_id,
+            log,
+        })
+    }
+
+    /// Starts a container.
+    pub async fn start_container(&self, container: &Container) -> Result<(), Status> {
+        let request = cri::StartContainerRequest {
+            container_id: container.id.clone(),
+        };
+        self.runtime.clone().start_container(request).await?;
+        Ok(())
+    }
+
+    /// Makes and starts a usual container.
+    pub async fn run(&self, pod: &Pod, name: &str, script: &str) -> Container {
+        self.run_with(pod, name, script, ContainerOptions::default())
+            .await
+    }
+
+    /// Makes and starts a container.
+    pub async fn run_with(
+        &self,
+        pod: &Pod,
+        name: &str,
+        script: &str,
+        options: ContainerOptions,
+    ) -> Container {
+        let container = self
+            .create(pod, name, script, options)
+            .await
+            .unwrap_or_else(|status| panic!("CreateContainer {name}: {status}"));
+        self.start_container(&container)
+            .await
+            .unwrap_or_else(|status| panic!("StartContainer {name}: {status}"));
+        container
+    }
+
+    /// The container's status.
+    pub async fn status(&self, container: &Container) -> cri::ContainerStatus {
+        let request = cri::ContainerStatusRequest {
+            container_id: container.id.clone(),
+            verbose: false,
+        };
+        let response = self.runtime.clone().container_status(request).await;
+        response
+            .expect("ContainerStatus")
+            .into_inner()
+            .status
+            .expect("a status")
+    }
+
+    /// Waits until the container has ended; its status.
+    pub async fn ended(&self, container: &Container) -> cri::ContainerStatus {
+        let deadline = Instant::now() + Duration::from_secs(180);
+        loop {
+            let status = self.status(container).await;
+            if status.state() == ContainerState::ContainerExited {
+                return status;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "the container does not end: {status:?}"
+            );
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Runs a script in a new container until it ends; its status and its log.
+    pub async fn output(
+        &self,
+        pod: &Pod,
+        name: &str,
+        script: &str,
+    ) -> (cri::ContainerStatus, Vec<Line>) {
+        let container = self.run(pod, name, script).await;
+        let status = self.ended(&container).await;
+        (status, read_log(&container.log))
+    }
+
+    /// ExecSync of a shell script: exit code, standard output, standard error.
+    pub async fn exec(
+        &self,
+        container: &Container,
+        script: &str,
+        timeout: i64,
+    ) -> Result<(i32, String, String), Status> {
+        let request = cri::ExecSyncRequest {
+            container_id: container.id.clone(),
+            cmd: ["sh", "-c", script].map(str::to_owned).to_vec(),
+            timeout,
+        };
+        let response = self.runtime.clone().exec_sync(request).await?.into_inner();
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+        Ok((
+            response.exit_code,
+            text(response.stdout),
+            text(response.stderr),
+        ))
+    }
+
+    /// What a script writes that must succeed.
+    pub async fn says(&self, container: &Container, script: &str) -> String {
+        let (code, out, err) = self
+            .exec(container, script, 60)
+            .await
+            .unwrap_or_else(|status| panic!("ExecSync {script:?}: {status}"));
+        assert_eq!(code, 0, "{script:?} said {out:?} and {err:?}");
+        out.trim().to_owned()
+    }
+
+    /// The pod's status.
+    pub async fn pod_status(&self, pod: &Pod) -> Result<cri::PodSandboxStatus, Status> {
+        let request = cri::PodSandboxStatusRequest {
+            pod_sandbox_id: pod.id.clone(),
+            verbose: false,
+        };
+        let response = self.runtime.clone().pod_sandbox_status(request).await?;
+        Ok(response.into_inner().status.expect("a status"))
+    }
+
+    /// Stops a container.
+    pub async fn stop_container(&self, container: &Container, timeout: i64) {
+        let request = cri::StopContainerRequest {
+            container_id: container.id.clone(),
+            timeout,
+        };
+        let stopped = self.runtime.clone().stop_container(request).await;
+        stopped.expect("StopContainer");
+    }
+
+    /// Stops and removes a pod.
+    pub async fn remove(&self, pod: &Pod) {
+        let mut runtime = self.runtime.clone();
+        let request = cri::StopPodSandboxRequest {
+            pod_sandbox_id: pod.id.clone(),
+        };
+        runtime
+            .stop_pod_sandbox(request)
+            .await
+            .expect("StopPodSandbox");
+        let request = cri::RemovePodSandboxRequest {
+            pod_sandbox_id: pod.id.clone(),
+        };
+        runtime
+            .remove_pod_sandbox(request)
+            .await
+            .expect("RemovePodSandbox");
+    }
+}

@@ -1,0 +1,250 @@
+//! Pods over CRI: what containers share and what they have of their own, their output, their ends.
+
+use caisson_proto::cri;
+use caisson_tests::{ContainerOptions, Node, PodOptions, read_log};
+use sha2::{Digest, Sha256};
+
+const SLEEP: &str = "trap 'exit 0' TERM; while :; do sleep 0.2; done";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_containers_share_a_pod_and_have_their_own_files_and_limits() {
+    let Some(node) = Node::start().await else {
+        return;
+    };
+    let options = PodOptions {
+        dns: vec!["10.0.0.53".into()],
+        ..PodOptions::default()
+    };
+    let pod = node.pod_with("shared", options).await.unwrap();
+    let a = ContainerOptions {
+        memory: 64 << 20,
+        ..ContainerOptions::default()
+    };
+    let a = node.run_with(&pod, "a", SLEEP, a).await;
+    let b = node.run(&pod, "b", SLEEP).await;
+
+    for ns in ["net", "ipc", "uts"] {
+        let of = format!("readlink /proc/self/ns/{ns}");
+        assert_eq!(node.says(&a, &of).await, node.says(&b, &of).await, "{ns}");
+    }
+    for ns in ["pid", "mnt"] {
+        let of = format!("readlink /proc/self/ns/{ns}");
+        assert_ne!(node.says(&a, &of).await, node.says(&b, &of).await, "{ns}");
+    }
+    // One network: what one serves on localhost the other reaches.
+    node.says(&a, "echo pong | nc -l -p 7777 >/dev/null 2>&1 & sleep 0.3")
+        .await;
+    assert_eq!(
+        node.says(&b, "nc -w 5 127.0.0.1 7777 </dev/null").await,
+        "pong"
+    );
+    // One IPC namespace: shared memory is shared.
+    node.says(&a, "echo memory > /dev/shm/x").await;
+    assert_eq!(node.says(&b, "cat /dev/shm/x").await, "memory");
+    // Their own files, which are written to their own layer.
+    node.says(&a, "echo a > /own; rm /bin/vi").await;
+    assert_eq!(
+        node.says(&b, "test ! -e /own && test -e /bin/vi && echo apart")
+            .await,
+        "apart"
+    );
+    // Their own limits.
+    let limit = "cat /sys/fs/cgroup/memory.max";
+    assert_eq!(node.says(&a, limit).await, (64 << 20).to_string());
+    assert_eq!(node.says(&b, limit).await, "max");
+
+    assert_eq!(node.says(&a, "hostname").await, "shared");
+    assert!(
+        node.says(&a, "cat /etc/resolv.conf")
+            .await
+            .contains("nameserver 10.0.0.53")
+    );
+    node.remove(&pod).await;
+    node.assert_nothing_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn containers_share_pids_if_asked() {
+    let Some(node) = Node::start().await else {
+        return;
+    };
+    let options = PodOptions {
+        share_pids: true,
+        ..PodOptions::default()
+    };
+    let pod = node.pod_with("pids", options).await.unwrap();
+    let shared = ContainerOptions {
+        share_pids: true,
+        ..ContainerOptions::default()
+    };
+    let a = node
+        .run_with(&pod, "a", "exec sleep 1234", shared.clone())
+        .await;
+    let b = node.run_with(&pod, "b", SLEEP, shared).await;
+    let of = "readlink /proc/self/ns/pid";
+    assert_eq!(node.says(&a, of).await, node.says(&b, of).await);
+    assert!(node.says(&b, "ps").await.contains("sleep 1234"));
+    node.remove(&pod).await;
+    node.assert_nothing_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn output_and_error_arrive_apart_and_complete() {
+    let Some(node) = Node::start().await else {
+        return;
+    };
+    let pod = node.pod("output").await;
+    let (status, lines) = node
+        .output(
+            &pod,
+            "both",
+            "for i in 1 2 3; do echo out$i; echo err$i >&2; done; printf end",
+        )
+        .await;
+    assert_eq!(status.exit_code, 0);
+    let of = |stream: &str| {
+        lines
+            .iter()
+            .filter(|l| l.stream == stream)
+            .map(|l| String::from_utf8_lossy(&l.content).into_owned())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(of("stdout"), ["out1", "out2", "out3", "end"]);
+    assert_eq!(of("stderr"), ["err1", "err2", "err3"]);
+
+    // must-test: exec and logs that lose the tail of the output when the process ends quickly.
+    for round in 0..5 {
+        let name = format!("quick{round}");
+        let (_, lines) = node.output(&pod, &name, "seq 1 2000").await;
+        assert_eq!(lines.len(), 2000, "{name}");
+    }
+    node.remove(&pod).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hundred_megabytes_arrive_byte_for_byte() {
+    let Some(node) = Node::start().await else {
+        return;
+    };
+    let pod = node.pod("large").await;
+    // 100 MiB of numbered lines, and their digest on standard error.
+    // `tee` to two places: standard output, and a FIFO whose reader says the digest.
+    let script = "mkfifo /tmp/f; sha256sum < /tmp/f >&2 & \
+         awk 'BEGIN { for (i = 1; i <= 6553600; i++) printf \"%015d\\n\", i }' | tee /tmp/f; wait";
+    let container = node.run(&pod, "large", script).await;
+    let status = node.ended(&container).await;
+    assert_eq!(status.exit_code, 0);
+    let mut digest = Sha256::new();
+    let mut bytes = 0;
+    let mut said = Vec::new();
+    for line in read_log(&container.log) {
+        if line.stream == "stderr" {
+            said.extend(line.content);
+            continue;
+        }
+        digest.update(&line.content);
+        bytes += line.content.len();
+        if !line.partial {
+            digest.update(b"\n");
+            bytes += 1;
+        }
+    }
+    assert_eq!(bytes, 100 << 20);
+    let digest: String = digest
+        .finalize()
+        .iter()
+        .map(|b| format!("{b:02x}"))
+        .collect();
+    assert!(
+        String::from_utf8_lossy(&said).starts_with(&digest),
+        "{digest} here, {} there",
+        String::from_utf8_lossy(&said)
+    );
+    node.remove(&pod).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn exit_codes_and_signals_arrive() {
+    let Some(node) = Node::start().await else {
+        return;
+    };
+    let pod = node.pod("codes").await;
+    let shell = node.run(&pod, "shell", SLEEP).await;
+    // Every code, by exec; eight at a time.
+    for first in (0..256).step_by(8) {
+        let codes = (first..first + 8).map(|code| {
+            let (node, shell) = (&node, &shell);
+            async move {
+                let script = format!("exit {code}");
+                let (got, _, _) = node.exec(shell, &script, 60).await.unwrap();
+                assert_eq!(got, code);
+            }
+        });
+        join_all(codes).await;
+    }
+    for code in [0, 1, 127, 255] {
+        let name = format!("c{code}");
+        let (status, _) = node.output(&pod, &name, &format!("exit {code}")).await;
+        assert_eq!(status.exit_code, code);
+        let reason = if code == 0 { "Completed" } else { "Error" };
+        assert_eq!(status.reason, reason);
+        assert!(status.finished_at >= status.started_at && status.started_at > 0);
+    }
+    for (signal, code) in [("KILL", 137), ("SEGV", 139)] {
+        let (status, _) = node
+            .output(&pod, signal, &format!("sh -c 'kill -{signal} $$'; exit $?"))
+            .await;
+        assert_eq!(status.exit_code, code);
+    }
+    // Stop: the stop signal first, then, for one that does not listen, the kill.
+    node.stop_container(&shell, 10).await;
+    assert_eq!(node.status(&shell).await.exit_code, 0);
+    let deaf = node
+        .run(&pod, "deaf", "trap '' TERM; while :; do sleep 0.2; done")
+        .await;
+    node.stop_container(&deaf, 1).await;
+    assert_eq!(node.status(&deaf).await.exit_code, 137);
+    // Stopping what has stopped is no error.
+    node.stop_container(&deaf, 1).await;
+    node.remove(&pod).await;
+    node.assert_nothing_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_over_its_memory_limit_is_oom_killed_and_the_pod_lives_on() {
+    let Some(node) = Node::start().await else {
+        return;
+    };
+    let pod = node.pod("memory").await;
+    let good = node.run(&pod, "good", SLEEP).await;
+    let small = ContainerOptions {
+        memory: 16 << 20,
+        ..ContainerOptions::default()
+    };
+    let hungry = node
+        .run_with(&pod, "hungry", "exec tail /dev/zero", small)
+        .await;
+    let status = node.ended(&hungry).await;
+    assert_eq!(status.exit_code, 137);
+    assert_eq!(status.reason, "OOMKilled");
+    assert_eq!(node.says(&good, "echo alive").await, "alive");
+    assert_eq!(
+        node.pod_status(&pod).await.unwrap().state(),
+        cri::PodSandboxState::SandboxReady
+    );
+    node.remove(&pod).await;
+    node.assert_nothing_left().await;
+}
+
+async fn join_all<F: Future<Output = ()>>(futures: impl Iterator<Item = F>) {
+    let mut pending: Vec<_> = futures.map(Box::pin).collect();
+    std::future::poll_fn(|context| {
+        pending.retain_mut(|f| f.as_mut().poll(context).is_pending());
+        if pending.is_empty() {
+            std::task::Poll::Ready(())
+        } else {
+            std::task::Poll::Pending
+        }
+    })
+    .await;
+}
