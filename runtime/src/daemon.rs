@@ -1,1 +1,269 @@
-//! The daemon.
+//! The daemon: it takes up what the one before it left, then serves CRI and the CLI's service on a unix socket.
+//!
+//! Pods do not depend on it: when it stops, they go on.
+
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use caisson_proto::cli::cli_server::CliServer;
+use caisson_proto::cri::image_service_server::ImageServiceServer;
+use caisson_proto::cri::runtime_service_server::RuntimeServiceServer;
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::Server;
+
+use crate::cli_service;
+use crate::config::{Config, ConfigError};
+use crate::cri::alpha::V1Alpha2Layer;
+use crate::cri::registry::Registry;
+use crate::cri::{Context, CriError, image_service, pods, runtime_service};
+use crate::doctor::{KvmProbe, cni_config};
+use crate::image::{ImageConfig, ImageError, Images};
+use crate::network::Network;
+use crate::sandbox::microvm::MicroVmConfig;
+use crate::store::{Store, StoreError};
+
+/// The largest request, as the kubelet's own limit.
+const MAX_REQUEST: usize = 16 << 20;
+/// How long calls under way may take when the daemon is told to stop.
+const STOP_LIMIT: Duration = Duration::from_secs(10);
+/// How long a guest may take from power-on until its agent answers.
+const START_LIMIT: Duration = Duration::from_secs(60);
+
+/// Why the daemon cannot serve.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// Another daemon serves this socket.
+    #[error("another daemon already serves {0}; stop it, or set another socket in the configuration")]
+    InUse(PathBuf),
+    /// A directory, the socket or a signal handler cannot be set up.
+    #[error("cannot {what} {path}: {cause}")]
+    Setup {
+        /// What was tried.
+        what: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why it did not work.
+        cause: io::Error,
+    },
+    /// See [`ConfigError`].
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// See [`StoreError`].
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// See [`ImageError`].
+    #[error(transparent)]
+    Images(#[from] ImageError),
+    /// The pods of the last daemon cannot be taken up.
+    #[error("cannot take up the pods of the last daemon: {0}")]
+    Recover(#[from] CriError),
+    /// The server failed.
+    #[error("the server failed: {0}")]
+    Serve(#[from] tonic::transport::Error),
+}
+
+/// Runs the daemon until SIGTERM or SIGINT.
+///
+/// # Errors
+/// Another daemon runs, the configuration cannot be used, or the node's disk fails.
+pub async fn serve(config: Config) -> Result<(), DaemonError> {
+    start_log(&config)?;
+    for dir in [&config.root, &config.state] {
+        private_dir(dir)?;
+    }
+    refuse_second(&config.socket).await?;
+    // Opened before the socket is touched: the store refuses a second daemon on the same root.
+    let store = Store::open(&config.root.join("state.redb"))?;
+    let images = Images::open(&config.root, image_config(&config))?;
+    let context = Arc::new(Context {
+        microvm: microvm_config(&config),
+        registry: Registry::new(store),
+        images,
+        network: Network::new(cni_config(&config), config.state.join("netns")),
+        kvm: KvmProbe::new(config.clone()),
+        config,
+    });
+    pods::recover(&context).await?;
+    let in_use = image_service::layers_in_use(&context);
+    context.images.gc(&in_use).await?;
+    let probing = context.clone();
+    tokio::spawn(async move {
+        let probe = probing.kvm.get().await;
+        tracing::info!(works = probe.works, "KVM: {}", probe.reason);
+    });
+
+    let socket = context.config.socket.clone();
+    let listener = bind(&socket)?;
+    let stop = stop_signal()?;
+    tracing::info!(socket = %socket.display(), version = env!("CARGO_PKG_VERSION"), "serving");
+    let (stopping, mut stopped) = tokio::sync::watch::channel(false);
+    let server = Server::builder()
+        .layer(V1Alpha2Layer)
+        .add_service(
+            RuntimeServiceServer::new(runtime_service::Service::new(context.clone()))
+                .max_decoding_message_size(MAX_REQUEST),
+        )
+        .add_service(
+            ImageServiceServer::new(image_service::Service::new(context.clone()))
+                .max_decoding_message_size(MAX_REQUEST),
+        )
+        .add_service(CliServer::new(cli_service::Service::new(context)))
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
+            stop.await;
+            tracing::info!("stopping; pods go on");
+            stopping.send_replace(true);
+        });
+    // Streams can last for ever, a stop cannot.
+    let limit = async {
+        let _ = stopped.wait_for(|stopped| *stopped).await;
+        tokio::time::sleep(STOP_LIMIT).await;
+    };
+    let result = tokio::select! {
+        result = server => result,
+        () = limit => Ok(()),
+    };
+    let _ = std::fs::remove_file(&socket);
+    Ok(result?)
+}
+
+/// The daemon's log goes to standard error, where a service manager takes it.
+fn start_log(config: &Config) -> Result<(), DaemonError> {
+    let filter = tracing_subscriber::EnvFilter::try_new(&config.log_level).map_err(|error| {
+        ConfigError::Value {
+            key: "log_level",
+            cause: error.to_string(),
+        }
+    })?;
+    // Another log that is already there, as in a test, is as good.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .try_init();
+    Ok(())
+}
+
+/// How microVMs are made, by the configuration. A file that is missing fails the pod that needs it, with the places
+/// that were looked at (see `RuntimeReady`).
+fn microvm_config(config: &Config) -> MicroVmConfig {
+    let or = |found: Result<PathBuf, ConfigError>, configured: &Path| {
+        found.unwrap_or_else(|error| {
+            tracing::warn!("{error}");
+            configured.to_owned()
+        })
+    };
+    let microvm = &config.microvm;
+    MicroVmConfig {
+        vmm: or(config.vmm_path(), &microvm.vmm),
+        kernel: or(config.kernel_path(), &microvm.kernel),
+        initramfs: or(config.initramfs_path(), &microvm.initramfs),
+        cmdline_extra: microvm.kernel_cmdline_extra.clone(),
+        uid: microvm.uid,
+        gid: microvm.gid,
+        state_dir: config.state.clone(),
+        data_dir: config.root.clone(),
+        cgroup_parent: config.cgroup_parent.clone(),
+        start_timeout: START_LIMIT,
+    }
+}
+
+fn image_config(config: &Config) -> ImageConfig {
+    ImageConfig {
+        insecure_registries: config.images.insecure_registries.clone(),
+        mirrors: config.images.mirrors.clone(),
+        max_unpacked_bytes: u64::from(config.images.max_unpacked_gib) << 30,
+        ..ImageConfig::default()
+    }
+}
+
+/// Makes a directory that others may pass through and not read.
+fn private_dir(path: &Path) -> Result<(), DaemonError> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o711)
+        .create(path)
+        .map_err(|cause| setup("make the directory", path, cause))
+}
+
+fn setup(what: &'static str, path: &Path, cause: io::Error) -> DaemonError {
+    DaemonError::Setup {
+        what,
+        path: path.to_owned(),
+        cause,
+    }
+}
+
+/// A socket that somebody answers on belongs to a daemon.
+async fn refuse_second(path: &Path) -> Result<(), DaemonError> {
+    match tokio::net::UnixStream::connect(path).await {
+        Ok(_) => Err(DaemonError::InUse(path.to_owned())),
+        Err(_) => Ok(()),
+    }
+}
+
+/// Listens on the socket, for root only from its first moment, in place of what a dead daemon left there.
+fn bind(path: &Path) -> Result<UnixListener, DaemonError> {
+    if let Ok(meta) = std::fs::symlink_metadata(path) {
+        use std::os::unix::fs::FileTypeExt as _;
+        if !meta.file_type().is_socket() {
+            let cause = io::Error::other("there is something there that is not a socket");
+            return Err(setup("listen on", path, cause));
+        }
+    }
+    if let Some(parent) = path.parent() {
+        private_dir(parent)?;
+    }
+    let fresh = path.with_extension(format!("new.{}", std::process::id()));
+    let _ = std::fs::remove_file(&fresh);
+    let listen = || -> io::Result<UnixListener> {
+        let listener = UnixListener::bind(&fresh)?;
+        std::fs::set_permissions(&fresh, std::fs::Permissions::from_mode(0o600))?;
+        std::fs::rename(&fresh, path)?;
+        Ok(listener)
+    };
+    listen().map_err(|cause| setup("listen on", path, cause))
+}
+
+fn stop_signal() -> Result<impl Future<Output = ()>, DaemonError> {
+    let handler =
+        |kind| signal(kind).map_err(|cause| setup("handle signals", Path::new("of the daemon"), cause));
+    let mut terminate = handler(SignalKind::terminate())?;
+    let mut interrupt = handler(SignalKind::interrupt())?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_stale_socket_is_replaced_and_a_live_one_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s.sock");
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap()); // a daemon that died
+        refuse_second(&path).await.unwrap();
+        let _listener = bind(&path).unwrap();
+        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        let error = refuse_second(&path).await.unwrap_err();
+        assert!(error.to_string().contains("another daemon"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_file_in_the_sockets_place_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        std::fs::write(&path, "precious").unwrap();
+        assert!(bind(&path).is_err());
+        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+    }
+}

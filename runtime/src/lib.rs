@@ -4,6 +4,7 @@
 //! to a [`sandbox`], which holds a pod's containers; [`image`] and [`network`] give it what it needs, and [`store`]
 //! remembers it.
 
+pub mod cli;
 pub mod cli_service;
 pub mod config;
 pub mod cri;

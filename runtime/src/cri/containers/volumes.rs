@@ -1,0 +1,169 @@
+//! A container's volumes: what may be shared with a guest, and how.
+
+use std::path::PathBuf;
+
+use caisson_proto::cri;
+
+use super::super::CriError;
+use super::super::spec::Volume;
+use crate::sandbox::Sandbox;
+
+/// The most volumes of one container.
+const MAX_VOLUMES: usize = 512;
+
+/// A volume whose host path was checked.
+#[derive(Debug)]
+pub struct HostVolume {
+    path: PathBuf,
+    mount: cri::Mount,
+}
+
+/// Checks the mounts that a client asks for and follows symbolic links to what they mean.
+///
+/// # Errors
+/// INVALID_ARGUMENT or UNIMPLEMENTED that names the mount and what about it is not possible.
+pub async fn resolve(mounts: &[cri::Mount]) -> Result<Vec<HostVolume>, CriError> {
+    if mounts.len() > MAX_VOLUMES {
+        return Err(CriError::invalid(format!(
+            "the container has {} mounts; at most {MAX_VOLUMES} are possible",
+            mounts.len()
+        )));
+    }
+    let mut all = Vec::with_capacity(mounts.len());
+    for mount in mounts {
+        let at = &mount.container_path;
+        if mount.image.as_ref().is_some_and(|image| !image.image.is_empty()) {
+            return Err(CriError::unimplemented(format!(
+                "the mount at {at} is an image volume, which is not supported"
+            )));
+        }
+        match mount.propagation() {
+            cri::MountPropagation::PropagationPrivate => {}
+            other => {
+                return Err(CriError::unimplemented(format!(
+                    "the mount at {at} has the propagation {}, and mounts do not propagate into a microVM; use PROPAGATION_PRIVATE",
+                    other.as_str_name()
+                )));
+            }
+        }
+        if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
+            return Err(CriError::unimplemented(format!(
+                "the mount at {at} has ID mappings, which are not supported"
+            )));
+        }
+        if mount.recursive_read_only && !mount.readonly {
+            return Err(CriError::invalid(format!(
+                "the mount at {at} has recursive_read_only without readonly"
+            )));
+        }
+        if !mount.host_path.starts_with('/') {
+            return Err(CriError::invalid(format!(
+                "the mount at {at} has the host path {:?}, which is not absolute",
+                mount.host_path
+            )));
+        }
+        let path = tokio::fs::canonicalize(&mount.host_path)
+            .await
+            .map_err(|error| {
+                CriError::invalid(format!(
+                    "the mount at {at} has the host path {}, which cannot be used: {error}",
+                    mount.host_path
+                ))
+            })?;
+        let kind = tokio::fs::metadata(&path)
+            .await
+            .map_err(|error| CriError::invalid(format!("{}: {error}", path.display())))?
+            .file_type();
+        // A device must not be mistaken for a directory of the host, nor the other way round.
+        // must-test: a bind-mounted directory mistaken for a block device
+        if !kind.is_dir() && !kind.is_file() {
+            return Err(CriError::unimplemented(format!(
+                "the mount at {at} has the host path {}, which is a socket, a pipe or a device and means nothing in a microVM; use a handler of kind `host`",
+                mount.host_path
+            )));
+        }
+        all.push(HostVolume {
+            path,
+            mount: mount.clone(),
+        });
+    }
+    Ok(all)
+}
+
+/// Shares the volumes with the guest, in their order.
+///
+/// # Errors
+/// The first that cannot be shared.
+pub async fn share(
+    sandbox: &dyn Sandbox,
+    container_id: &str,
+    volumes: Vec<HostVolume>,
+) -> Result<Vec<Volume>, CriError> {
+    let mut shared = Vec::with_capacity(volumes.len());
+    for HostVolume { path, mount } in volumes {
+        let source = sandbox
+            .share_volume(container_id, &path, mount.readonly)
+            .await?;
+        shared.push(Volume {
+            source,
+            destination: mount.container_path,
+            read_only: mount.readonly,
+            recursive_read_only: mount.recursive_read_only,
+        });
+    }
+    Ok(shared)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mount(host_path: &str) -> cri::Mount {
+        cri::Mount {
+            container_path: "/data".into(),
+            host_path: host_path.into(),
+            ..Default::default()
+        }
+    }
+
+    // must-test: a bind-mounted directory mistaken for a block device
+    #[tokio::test]
+    async fn only_files_and_directories_are_shared() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("s");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        for path in [socket.to_str().unwrap(), "/dev/null", "/nonexistent", "relative"] {
+            let error = resolve(&[mount(path)]).await.unwrap_err();
+            assert!(error.message.contains(path), "{error}");
+            assert!(error.message.contains("/data"), "{error}");
+        }
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(dir.path(), &link).unwrap();
+        let resolved = resolve(&[mount(link.to_str().unwrap())]).await.unwrap();
+        assert_eq!(resolved[0].path, dir.path().canonicalize().unwrap());
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_honoured_is_refused_by_name() {
+        let shared = cri::Mount {
+            propagation: cri::MountPropagation::PropagationBidirectional as i32,
+            ..mount("/tmp")
+        };
+        let error = resolve(&[shared]).await.unwrap_err();
+        assert!(error.message.contains("PROPAGATION_BIDIRECTIONAL"), "{error}");
+        let image = cri::Mount {
+            image: Some(cri::ImageSpec {
+                image: "x".into(),
+                ..Default::default()
+            }),
+            ..mount("")
+        };
+        let error = resolve(&[image]).await.unwrap_err();
+        assert_eq!(error.code, tonic::Code::Unimplemented);
+        let rro = cri::Mount {
+            recursive_read_only: true,
+            ..mount("/tmp")
+        };
+        assert!(resolve(&[rro]).await.is_err());
+    }
+}

@@ -1,0 +1,51 @@
+//! Calls to an agent: bounded in time, and over at once when its sandbox ends.
+
+use std::time::Duration;
+
+use tonic::{Response, Status};
+
+use super::CriError;
+use super::registry::describe;
+use crate::sandbox::Sandbox;
+
+/// Making a container: mounts of all layers, which a slow disk delays.
+pub const CREATE: Duration = Duration::from_secs(60);
+/// Everything that the agent answers out of its own memory.
+pub const QUICK: Duration = Duration::from_secs(10);
+/// Starting a process.
+pub const START: Duration = Duration::from_secs(30);
+
+/// Awaits an agent's answer.
+///
+/// # Errors
+/// What the agent said; DEADLINE_EXCEEDED after `limit`; FAILED_PRECONDITION when the sandbox ends meanwhile.
+pub async fn call<T>(
+    sandbox: &dyn Sandbox,
+    what: &str,
+    limit: Duration,
+    request: impl Future<Output = Result<Response<T>, Status>>,
+) -> Result<T, CriError> {
+    let (mut ended, state) = (sandbox.ended(), sandbox.ended());
+    let over = |reason: String| {
+        CriError::precondition(format!(
+            "the agent could not {what}: the pod's sandbox has ended ({reason})"
+        ))
+    };
+    tokio::select! {
+        biased;
+        answer = tokio::time::timeout(limit, request) => match answer {
+            Ok(Ok(response)) => Ok(response.into_inner()),
+            Ok(Err(status)) => match state.borrow().as_ref() {
+                Some(reason) => Err(over(describe(reason))),
+                None => Err(CriError::from_agent(what, &status)),
+            },
+            Err(_) => Err(CriError::deadline(format!(
+                "the agent did not {what} within {} s",
+                limit.as_secs()
+            ))),
+        },
+        reason = ended.wait_for(Option::is_some) => Err(over(
+            reason.ok().and_then(|reason| reason.as_ref().map(describe)).unwrap_or_default(),
+        )),
+    }
+}

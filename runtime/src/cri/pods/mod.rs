@@ -1,0 +1,68 @@
+//! Pod sandboxes: run, stop, remove, show, and find again.
+
+mod recover;
+mod remove;
+mod run;
+mod size;
+mod stop;
+mod view;
+mod watch;
+
+use caisson_proto::cri;
+
+pub use recover::recover;
+pub use remove::remove;
+pub use run::{hostname, run};
+pub use stop::stop;
+pub use view::{item, status};
+
+use crate::network::{PodIdentity, PortMapping};
+use crate::store::{SandboxRecord, SandboxState};
+
+/// The state as the interface knows it. A pod that is being made or stopped cannot be used, so it is not ready.
+pub fn cri_state(state: SandboxState) -> cri::PodSandboxState {
+    match state {
+        SandboxState::Ready => cri::PodSandboxState::SandboxReady,
+        _ => cri::PodSandboxState::SandboxNotready,
+    }
+}
+
+/// Whether the pod has a PID namespace that its containers may share.
+pub fn shares_pid(config: &cri::PodSandboxConfig) -> bool {
+    config
+        .linux
+        .as_ref()
+        .and_then(|linux| linux.security_context.as_ref())
+        .and_then(|security| security.namespace_options.as_ref())
+        .is_none_or(|options| options.pid() == cri::NamespaceMode::Pod)
+}
+
+/// What the network knows of a pod.
+fn identity(record: &SandboxRecord) -> PodIdentity {
+    let config = &record.config.0;
+    let metadata = config.metadata.clone().unwrap_or_default();
+    PodIdentity {
+        id: record.id.clone(),
+        namespace: metadata.namespace,
+        name: metadata.name,
+        uid: metadata.uid,
+        // Ports were checked when the pod was run; a host port of 0 maps nothing.
+        port_mappings: config
+            .port_mappings
+            .iter()
+            .filter_map(|mapping| {
+                Some(PortMapping {
+                    host_port: u16::try_from(mapping.host_port).ok().filter(|p| *p > 0)?,
+                    container_port: u16::try_from(mapping.container_port).ok()?,
+                    protocol: match mapping.protocol() {
+                        cri::Protocol::Tcp => "tcp",
+                        cri::Protocol::Udp => "udp",
+                        cri::Protocol::Sctp => "sctp",
+                    }
+                    .to_owned(),
+                    host_ip: mapping.host_ip.clone(),
+                })
+            })
+            .collect(),
+    }
+}

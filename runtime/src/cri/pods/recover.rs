@@ -1,0 +1,91 @@
+//! A daemon that starts finds the pods of the one before it.
+
+use std::sync::Arc;
+
+use super::super::containers;
+use super::super::registry::{Pod, describe};
+use super::super::{Context, CriError};
+use super::{remove, run, stop, watch};
+use crate::sandbox::microvm::MicroVm;
+use crate::store::SandboxState;
+
+/// Reads the records, connects to the pods that run, and brings to an end what the last daemon left half done.
+/// Running pods are not touched. When this returns every pod and container is known; ends go on behind it.
+///
+/// # Errors
+/// The store cannot be read. A pod that cannot be recovered is shown as not ready instead.
+pub async fn recover(context: &Arc<Context>) -> Result<(), CriError> {
+    let store = context.registry.store();
+    let (sandboxes, records) = (store.sandboxes()?, store.containers()?);
+    for record in sandboxes {
+        context.registry.adopt_pod(record);
+    }
+    for record in records {
+        let id = record.id.clone();
+        match context.registry.pod(&record.sandbox_id) {
+            Ok(pod) => {
+                context.registry.adopt_container(record, pod);
+            }
+            // Pods go after their containers, so this is a record that nothing stands behind.
+            Err(_) => {
+                tracing::warn!(container = id, "a container without a pod is forgotten");
+                store.delete_container(record).await?;
+            }
+        }
+    }
+    let pods = context.registry.pods();
+    futures::future::join_all(pods.iter().map(|pod| recover_pod(context, pod))).await;
+    Ok(())
+}
+
+async fn recover_pod(context: &Arc<Context>, pod: &Arc<Pod>) {
+    match MicroVm::recover(&pod.id, &context.microvm).await {
+        Ok(sandbox) => pod.set_sandbox(Some(Arc::new(sandbox))),
+        Err(error) => {
+            tracing::error!(pod = pod.id, %error, "the pod cannot be found again");
+            pod.change(|record| {
+                if record.state == SandboxState::Ready {
+                    record.state = SandboxState::NotReady;
+                    record.reason = error.to_string();
+                }
+            });
+        }
+    }
+    let (context, pod) = (context.clone(), pod.clone());
+    let finish = |what: &'static str, result: Result<(), CriError>, id: &str| {
+        if let Err(error) = result {
+            tracing::warn!(pod = id, %error, "could not {what} what the last daemon began to");
+        }
+    };
+    match pod.state() {
+        SandboxState::Creating => {
+            tracing::info!(pod = pod.id, "a half-made pod is taken back");
+            run::undo(&context, &pod, "the daemon ended while the pod was made").await;
+        }
+        SandboxState::Ready => {
+            let ended = pod
+                .sandbox()
+                .and_then(|sandbox| sandbox.ended().borrow().as_ref().map(describe));
+            if ended.is_none() {
+                containers::recover(&context, &pod).await;
+            }
+            // Also for a pod that has ended: the watch then finds out at once.
+            watch::watch(&context, &pod);
+        }
+        SandboxState::NotReady => {
+            for container in context.registry.containers_of(&pod.id) {
+                containers::recover_dead(&context, &container).await;
+            }
+        }
+        SandboxState::Stopping => {
+            tokio::spawn(async move {
+                finish("stop", stop(&context, &pod).await, &pod.id);
+            });
+        }
+        SandboxState::Removing => {
+            tokio::spawn(async move {
+                finish("remove", remove(&context, &pod).await, &pod.id);
+            });
+        }
+    }
+}

@@ -1,0 +1,210 @@
+//! RunPodSandbox.
+
+use std::sync::Arc;
+
+use caisson_proto::cri;
+
+use super::super::registry::{Pod, now};
+use super::super::{Context, CriError, new_id, spec};
+use super::{identity, shares_pid, size, watch};
+use crate::config::HandlerKind;
+use crate::sandbox::microvm::MicroVm;
+use crate::sandbox::{Dns, Sandbox, SandboxPlan};
+use crate::store::{NetworkRecord, Proto, SandboxRecord, SandboxState};
+use crate::timings::Timings;
+
+const GIB: u64 = 1 << 30;
+/// The longest hostname of Linux.
+const MAX_HOSTNAME: usize = 64;
+
+/// Makes a pod sandbox and returns its ID. If a step fails, everything is taken back.
+///
+/// # Errors
+/// INVALID_ARGUMENT for a request that a microVM cannot be; ALREADY_EXISTS with the ID that has the name;
+/// FAILED_PRECONDITION where KVM does not work or no network is configured; INTERNAL with the step that failed.
+pub async fn run(
+    context: &Arc<Context>,
+    request: cri::RunPodSandboxRequest,
+) -> Result<String, CriError> {
+    let config = request
+        .config
+        .ok_or_else(|| CriError::invalid("the request has no pod configuration"))?;
+    let name = check(context, &config, &request.runtime_handler)?;
+    context.kvm.require().await?;
+
+    let record = SandboxRecord {
+        id: new_id(),
+        name,
+        handler: request.runtime_handler,
+        created_at: now(),
+        state: SandboxState::Creating,
+        reason: String::new(),
+        config: Proto(config),
+        network: None,
+    };
+    let pod = context.registry.create_pod(record).await?;
+    let _making = pod.lifecycle.write().await;
+    match make(context, &pod).await {
+        Ok(()) => {
+            tracing::info!(pod = pod.id, "the pod is ready");
+            context.registry.emit(
+                cri::ContainerEventType::ContainerStartedEvent,
+                &pod.id,
+                &pod.id,
+            );
+            Ok(pod.id.clone())
+        }
+        Err(error) => {
+            tracing::warn!(pod = pod.id, %error, "the pod could not be made");
+            undo(context, &pod, &error.message).await;
+            Err(error)
+        }
+    }
+}
+
+/// Checks the request; the name to reserve.
+fn check(
+    context: &Context,
+    config: &cri::PodSandboxConfig,
+    handler: &str,
+) -> Result<String, CriError> {
+    let metadata = config
+        .metadata
+        .as_ref()
+        .filter(|metadata| !metadata.name.is_empty())
+        .ok_or_else(|| CriError::invalid("the pod configuration has no metadata with a name"))?;
+    match context.config.handler(handler) {
+        Some(HandlerKind::MicroVm) => spec::check_pod(config)?,
+        Some(HandlerKind::Host) if !context.config.allow_host => {
+            return Err(CriError::invalid(format!(
+                "the runtime handler {handler} runs pods without a VM, which allow_host in the configuration does not allow"
+            )));
+        }
+        Some(HandlerKind::Host) => {
+            return Err(CriError::unimplemented(format!(
+                "the runtime handler {handler} is of kind host, which this release does not have"
+            )));
+        }
+        None => {
+            let known: Vec<_> = context.config.handlers.keys().map(String::as_str).collect();
+            return Err(CriError::invalid(format!(
+                "the runtime handler {handler} is not known; known are: {}",
+                known.join(", ")
+            )));
+        }
+    }
+    if config.hostname.len() > MAX_HOSTNAME {
+        return Err(CriError::invalid(format!(
+            "the hostname {} is longer than {MAX_HOSTNAME} bytes",
+            config.hostname
+        )));
+    }
+    for mapping in &config.port_mappings {
+        for port in [mapping.host_port, mapping.container_port] {
+            if !(0..=65_535).contains(&port) {
+                return Err(CriError::invalid(format!(
+                    "the port mapping has the port {port}, and ports are 0 to 65535"
+                )));
+            }
+        }
+    }
+    if config.windows.is_some() {
+        return Err(CriError::invalid(
+            "the pod configuration has a windows section, and this is a Linux runtime",
+        ));
+    }
+    Ok(format!(
+        "{}_{}_{}_{}",
+        metadata.name, metadata.namespace, metadata.uid, metadata.attempt
+    ))
+}
+
+/// The steps, in order: the network first, because the machine is built with its tap; the record is ready last,
+/// because then containers may come.
+async fn make(context: &Arc<Context>, pod: &Arc<Pod>) -> Result<(), CriError> {
+    let timings = Timings::begin();
+    let record = pod.record();
+    let network = timings
+        .step("network", context.network.setup(&identity(&record)))
+        .await?;
+    let shown = NetworkRecord {
+        netns: network.netns.clone(),
+        interface: network.interface.name.clone(),
+        mac: network.interface.mac.clone(),
+        mtu: network.interface.mtu,
+        addresses: network.interface.addresses.clone(),
+        routes: network
+            .routes
+            .iter()
+            .map(|route| {
+                let (destination, prefix) = route.destination;
+                (destination, prefix, route.gateway, route.priority)
+            })
+            .collect(),
+        ips: network.ips(),
+    };
+    pod.change(|record| record.network = Some(shown));
+
+    let config = &record.config.0;
+    let linux = config.linux.clone().unwrap_or_default();
+    let dns = config.dns_config.clone().unwrap_or_default();
+    let (vcpus, memory_mib) = size::machine(config, &context.config.microvm);
+    let plan = SandboxPlan {
+        id: pod.id.clone(),
+        hostname: hostname(config, &pod.id),
+        dns: Dns {
+            servers: dns.servers,
+            searches: dns.searches,
+            options: dns.options,
+        },
+        vcpus,
+        memory_mib,
+        cgroup_parent: linux.cgroup_parent,
+        network: Some(network),
+        shared_pid_namespace: shares_pid(config),
+        sysctls: linux.sysctls.into_iter().collect(),
+        scratch_bytes: u64::from(context.config.microvm.scratch_gib) * GIB,
+    };
+    let sandbox = MicroVm::start(&plan, &context.microvm, timings).await?;
+    let sandbox: Arc<dyn Sandbox> = Arc::new(sandbox);
+    pod.set_sandbox(Some(sandbox));
+    pod.change(|record| record.state = SandboxState::Ready);
+    context.registry.save_pod(pod).await?;
+    watch::watch(context, pod);
+    Ok(())
+}
+
+/// The hostname asked for; without one, the beginning of the ID.
+pub fn hostname(config: &cri::PodSandboxConfig, id: &str) -> String {
+    if config.hostname.is_empty() {
+        id.chars().take(12).collect()
+    } else {
+        config.hostname.clone()
+    }
+}
+
+/// Takes back what a failed start has made. What cannot be taken back stays known as a pod that is not ready, so
+/// that a later stop and remove try again.
+pub(super) async fn undo(context: &Context, pod: &Arc<Pod>, reason: &str) {
+    let undone = async {
+        let sandbox = match pod.sandbox() {
+            Some(sandbox) => sandbox,
+            None => Arc::new(MicroVm::recover(&pod.id, &context.microvm).await?),
+        };
+        sandbox.stop(std::time::Duration::ZERO).await?;
+        sandbox.remove().await?;
+        context.network.teardown(&identity(&pod.record())).await?;
+        pod.set_sandbox(None);
+        context.registry.delete_pod(pod).await
+    };
+    if let Err(error) = undone.await {
+        tracing::warn!(pod = pod.id, %error, "the half-made pod is kept until it can be removed");
+        pod.change(|record| {
+            record.state = SandboxState::NotReady;
+            record.reason = reason.to_owned();
+        });
+        if let Err(error) = context.registry.save_pod(pod).await {
+            tracing::error!(pod = pod.id, %error, "the pod's record could not be written");
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! StopPodSandbox.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::super::containers;
+use super::super::registry::Pod;
+use super::super::{Context, CriError};
+use super::identity;
+use crate::store::SandboxState;
+
+/// How long a guest whose containers are gone may take to power off.
+const POWER_OFF: Duration = Duration::from_secs(5);
+
+/// Stops a pod: its containers, its machine, its network. Idempotent; whatever the guest does, it ends.
+///
+/// # Errors
+/// A step on the host failed; called again, it goes on from there.
+// must-test: Stop and Remove always end
+pub async fn stop(context: &Arc<Context>, pod: &Arc<Pod>) -> Result<(), CriError> {
+    let was = pod.change(|record| {
+        let was = record.state;
+        if was == SandboxState::Ready {
+            record.state = SandboxState::Stopping;
+        }
+        was
+    });
+    match was {
+        SandboxState::Creating => {
+            return Err(CriError::precondition(format!(
+                "pod {} is still being made; stop it when that is done",
+                pod.id
+            )));
+        }
+        SandboxState::Ready => context.registry.save_pod(pod).await?,
+        _ => {}
+    }
+
+    let kills: Vec<_> = context
+        .registry
+        .containers_of(&pod.id)
+        .into_iter()
+        .map(|container| async move { containers::stop(&container, Duration::ZERO).await })
+        .collect();
+    for result in futures::future::join_all(kills).await {
+        if let Err(error) = result {
+            // The machine is about to end, and its processes with it.
+            tracing::warn!(pod = pod.id, %error, "a container of the pod did not stop");
+        }
+    }
+    if let Some(sandbox) = pod.sandbox() {
+        sandbox.stop(POWER_OFF).await?;
+    }
+    // Whoever was making something in the pod has failed by now and takes it back.
+    let _apart = pod.lifecycle.write().await;
+    let record = pod.record();
+    context.network.teardown(&identity(&record)).await?;
+    for container in context.registry.containers_of(&pod.id) {
+        containers::exits::sandbox_ended(context, &container, "the pod was stopped").await;
+    }
+    let changed = pod.change(|record| {
+        let before = (record.state, record.network.is_some());
+        if record.state != SandboxState::Removing {
+            record.state = SandboxState::NotReady;
+        }
+        record.network = None;
+        before != (record.state, false)
+    });
+    if changed {
+        context.registry.save_pod(pod).await?;
+    }
+    Ok(())
+}

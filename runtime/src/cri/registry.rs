@@ -1,0 +1,418 @@
+//! The pods and containers the daemon knows, in memory, each backed by its record in the store.
+//!
+//! A record is read and changed under a lock that is never held over anything that waits. Writes to the store of
+//! one entry are ordered: each writes the record as it then is, so the last one writes the last state.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use caisson_proto::cri;
+use tokio::sync::{broadcast, watch};
+
+use super::CriError;
+use crate::sandbox::Sandbox;
+use crate::store::{ContainerRecord, ContainerState, SandboxRecord, SandboxState, Store};
+
+/// How many events a slow listener may be behind.
+const EVENT_BACKLOG: usize = 1024;
+
+/// A sample of CPU use, from which a rate is computed.
+#[derive(Clone, Copy, Debug)]
+pub struct CpuSample {
+    /// Nanoseconds of wall time.
+    pub at: u64,
+    /// Nanoseconds of CPU time.
+    pub usage: u64,
+}
+
+/// A pod sandbox.
+pub struct Pod {
+    /// Its ID.
+    pub id: String,
+    record: Mutex<SandboxRecord>,
+    sandbox: Mutex<Option<Arc<dyn Sandbox>>>,
+    persist: tokio::sync::Mutex<()>,
+    /// Held shared while something is made in the pod, exclusively while the pod is taken apart.
+    pub lifecycle: tokio::sync::RwLock<()>,
+    /// The last CPU sample.
+    pub cpu: Mutex<Option<CpuSample>>,
+}
+
+/// A container.
+pub struct Container {
+    /// Its ID.
+    pub id: String,
+    /// The pod it is in.
+    pub pod: Arc<Pod>,
+    record: Mutex<ContainerRecord>,
+    persist: tokio::sync::Mutex<()>,
+    /// Held while the container is started or removed.
+    pub lifecycle: tokio::sync::Mutex<()>,
+    /// True once its end is in the record.
+    pub exited: watch::Sender<bool>,
+    /// The last CPU sample.
+    pub cpu: Mutex<Option<CpuSample>>,
+}
+
+/// Something that happened to a container (CRI `GetContainerEvents`).
+#[derive(Clone, Debug)]
+pub struct Event {
+    /// What.
+    pub kind: cri::ContainerEventType,
+    /// The container, or the pod sandbox.
+    pub id: String,
+    /// The pod sandbox.
+    pub sandbox_id: String,
+    /// Unix time in nanoseconds.
+    pub at: i64,
+}
+
+/// All pods and containers.
+pub struct Registry {
+    store: Store,
+    pods: RwLock<HashMap<String, Arc<Pod>>>,
+    containers: RwLock<HashMap<String, Arc<Container>>>,
+    events: broadcast::Sender<Event>,
+}
+
+/// Locks what is only held for moments; a panic elsewhere leaves the data whole, as each change is one assignment.
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Unix time in nanoseconds.
+pub fn now() -> i64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .ok()
+        .and_then(|d| i64::try_from(d.as_nanos()).ok())
+        .unwrap_or(0)
+}
+
+impl Pod {
+    /// A pod that goes by this record.
+    pub fn new(record: SandboxRecord) -> Arc<Self> {
+        Arc::new(Self {
+            id: record.id.clone(),
+            record: Mutex::new(record),
+            sandbox: Mutex::new(None),
+            persist: tokio::sync::Mutex::new(()),
+            lifecycle: tokio::sync::RwLock::new(()),
+            cpu: Mutex::new(None),
+        })
+    }
+
+    /// A copy of the record.
+    pub fn record(&self) -> SandboxRecord {
+        lock(&self.record).clone()
+    }
+
+    /// Its state.
+    pub fn state(&self) -> SandboxState {
+        lock(&self.record).state
+    }
+
+    /// Changes the record in memory; [`Registry::save_pod`] writes it.
+    pub fn change<T>(&self, change: impl FnOnce(&mut SandboxRecord) -> T) -> T {
+        change(&mut lock(&self.record))
+    }
+
+    /// The sandbox, as long as there is one.
+    pub fn sandbox(&self) -> Option<Arc<dyn Sandbox>> {
+        lock(&self.sandbox).clone()
+    }
+
+    /// Sets or takes away the sandbox.
+    pub fn set_sandbox(&self, sandbox: Option<Arc<dyn Sandbox>>) {
+        *lock(&self.sandbox) = sandbox;
+    }
+
+    /// The sandbox of a pod that is ready.
+    ///
+    /// # Errors
+    /// FAILED_PRECONDITION that says why it is not.
+    pub fn ready(&self) -> Result<Arc<dyn Sandbox>, CriError> {
+        let record = self.record();
+        let why = match record.state {
+            SandboxState::Ready => match self.sandbox() {
+                Some(sandbox) => {
+                    let ended = sandbox.ended().borrow().clone();
+                    match ended {
+                        None => return Ok(sandbox),
+                        Some(reason) => format!("its sandbox has ended ({})", describe(&reason)),
+                    }
+                }
+                None => "its sandbox is not connected".to_owned(),
+            },
+            SandboxState::Creating => "it is still being made".to_owned(),
+            SandboxState::Stopping => "it is being stopped".to_owned(),
+            SandboxState::Removing => "it is being removed".to_owned(),
+            SandboxState::NotReady if record.reason.is_empty() => "it is stopped".to_owned(),
+            SandboxState::NotReady => format!("it is stopped ({})", record.reason),
+        };
+        Err(CriError::precondition(format!(
+            "pod {} is not ready: {why}; remove it and run it again",
+            self.id
+        )))
+    }
+}
+
+/// Why a machine ended, for people.
+pub fn describe(reason: &caisson_vmm_protocol::ExitReason) -> String {
+    use caisson_vmm_protocol::ExitReason as R;
+    match reason {
+        R::PoweredOff => "the guest powered off".into(),
+        R::Reset => "the guest reset itself".into(),
+        R::Panicked => "the guest kernel panicked".into(),
+        R::Killed => "its pod process was killed".into(),
+        R::GuestError(detail) => format!("the guest broke a device's rules: {detail}"),
+        R::InternalError(detail) => format!("its pod process failed: {detail}"),
+    }
+}
+
+impl Container {
+    /// A container that goes by this record.
+    pub fn new(record: ContainerRecord, pod: Arc<Pod>) -> Arc<Self> {
+        let exited = matches!(
+            record.state,
+            ContainerState::Exited | ContainerState::Removing
+        );
+        Arc::new(Self {
+            id: record.id.clone(),
+            pod,
+            record: Mutex::new(record),
+            persist: tokio::sync::Mutex::new(()),
+            lifecycle: tokio::sync::Mutex::new(()),
+            exited: watch::Sender::new(exited),
+            cpu: Mutex::new(None),
+        })
+    }
+
+    /// A copy of the record.
+    pub fn record(&self) -> ContainerRecord {
+        lock(&self.record).clone()
+    }
+
+    /// Its state.
+    pub fn state(&self) -> ContainerState {
+        lock(&self.record).state
+    }
+
+    /// Changes the record in memory; [`Registry::save_container`] writes it.
+    pub fn change<T>(&self, change: impl FnOnce(&mut ContainerRecord) -> T) -> T {
+        change(&mut lock(&self.record))
+    }
+}
+
+impl Registry {
+    /// An empty registry on a store.
+    pub fn new(store: Store) -> Self {
+        Self {
+            store,
+            pods: RwLock::default(),
+            containers: RwLock::default(),
+            events: broadcast::Sender::new(EVENT_BACKLOG),
+        }
+    }
+
+    /// The store.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Reserves the pod's name, writes its first record and makes it known.
+    ///
+    /// # Errors
+    /// ALREADY_EXISTS with the ID that has the name; the disk fails.
+    pub async fn create_pod(&self, record: SandboxRecord) -> Result<Arc<Pod>, CriError> {
+        self.store.create_sandbox(record.clone()).await?;
+        Ok(self.adopt_pod(record))
+    }
+
+    /// Makes a pod known whose record is in the store.
+    pub fn adopt_pod(&self, record: SandboxRecord) -> Arc<Pod> {
+        let pod = Pod::new(record);
+        self.write_pods().insert(pod.id.clone(), pod.clone());
+        pod
+    }
+
+    /// Writes the pod's record as it is.
+    ///
+    /// # Errors
+    /// The disk fails.
+    pub async fn save_pod(&self, pod: &Pod) -> Result<(), CriError> {
+        let _turn = pod.persist.lock().await;
+        Ok(self.store.put_sandbox(pod.record()).await?)
+    }
+
+    /// Forgets a pod and frees its name.
+    ///
+    /// # Errors
+    /// The disk fails; the pod is then still known.
+    pub async fn delete_pod(&self, pod: &Pod) -> Result<(), CriError> {
+        let _turn = pod.persist.lock().await;
+        self.store.delete_sandbox(pod.record()).await?;
+        self.write_pods().remove(&pod.id);
+        Ok(())
+    }
+
+    /// Reserves the container's name, writes its first record and makes it known.
+    ///
+    /// # Errors
+    /// See [`Registry::create_pod`].
+    pub async fn create_container(
+        &self,
+        record: ContainerRecord,
+        pod: Arc<Pod>,
+    ) -> Result<Arc<Container>, CriError> {
+        self.store.create_container(record.clone()).await?;
+        Ok(self.adopt_container(record, pod))
+    }
+
+    /// Makes a container known whose record is in the store.
+    pub fn adopt_container(&self, record: ContainerRecord, pod: Arc<Pod>) -> Arc<Container> {
+        let container = Container::new(record, pod);
+        self.write_containers()
+            .insert(container.id.clone(), container.clone());
+        container
+    }
+
+    /// Writes the container's record as it is.
+    ///
+    /// # Errors
+    /// The disk fails.
+    pub async fn save_container(&self, container: &Container) -> Result<(), CriError> {
+        let _turn = container.persist.lock().await;
+        Ok(self.store.put_container(container.record()).await?)
+    }
+
+    /// Forgets a container and frees its name.
+    ///
+    /// # Errors
+    /// The disk fails; the container is then still known.
+    pub async fn delete_container(&self, container: &Container) -> Result<(), CriError> {
+        let _turn = container.persist.lock().await;
+        self.store.delete_container(container.record()).await?;
+        self.write_containers().remove(&container.id);
+        Ok(())
+    }
+
+    /// The pod with this ID, or the only one whose ID begins so.
+    ///
+    /// # Errors
+    /// NOT_FOUND; INVALID_ARGUMENT for a prefix of several.
+    pub fn pod(&self, id: &str) -> Result<Arc<Pod>, CriError> {
+        let pods = self.pods.read().unwrap_or_else(PoisonError::into_inner);
+        lookup(&pods, "pod", id)
+    }
+
+    /// The container with this ID, or the only one whose ID begins so.
+    ///
+    /// # Errors
+    /// See [`Registry::pod`].
+    pub fn container(&self, id: &str) -> Result<Arc<Container>, CriError> {
+        let containers = self
+            .containers
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        lookup(&containers, "container", id)
+    }
+
+    /// All pods, the newest first.
+    pub fn pods(&self) -> Vec<Arc<Pod>> {
+        let pods = self.pods.read().unwrap_or_else(PoisonError::into_inner);
+        let mut all: Vec<_> = pods.values().cloned().collect();
+        all.sort_by_key(|pod| std::cmp::Reverse(lock(&pod.record).created_at));
+        all
+    }
+
+    /// All containers, the newest first.
+    pub fn containers(&self) -> Vec<Arc<Container>> {
+        let containers = self
+            .containers
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        let mut all: Vec<_> = containers.values().cloned().collect();
+        all.sort_by_key(|container| std::cmp::Reverse(lock(&container.record).created_at));
+        all
+    }
+
+    /// The containers of a pod, the newest first.
+    pub fn containers_of(&self, pod_id: &str) -> Vec<Arc<Container>> {
+        let mut all = self.containers();
+        all.retain(|container| container.pod.id == pod_id);
+        all
+    }
+
+    /// Tells listeners what happened to a container (or to a sandbox, whose ID then is both).
+    pub fn emit(&self, kind: cri::ContainerEventType, id: &str, sandbox_id: &str) {
+        // Nobody listening is no failure.
+        let _ = self.events.send(Event {
+            kind,
+            id: id.to_owned(),
+            sandbox_id: sandbox_id.to_owned(),
+            at: now(),
+        });
+    }
+
+    /// What happens from now on.
+    pub fn events(&self) -> broadcast::Receiver<Event> {
+        self.events.subscribe()
+    }
+
+    fn write_pods(&self) -> std::sync::RwLockWriteGuard<'_, HashMap<String, Arc<Pod>>> {
+        self.pods.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write_containers(
+        &self,
+    ) -> std::sync::RwLockWriteGuard<'_, HashMap<String, Arc<Container>>> {
+        self.containers
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn lookup<T>(map: &HashMap<String, Arc<T>>, what: &str, id: &str) -> Result<Arc<T>, CriError> {
+    if id.is_empty() {
+        return Err(CriError::invalid(format!("the request names no {what}")));
+    }
+    if let Some(found) = map.get(id) {
+        return Ok(found.clone());
+    }
+    let mut matching = map.iter().filter(|(key, _)| key.starts_with(id));
+    match (matching.next(), matching.next()) {
+        (Some((_, found)), None) => Ok(found.clone()),
+        (Some(_), Some(_)) => Err(CriError::invalid(format!(
+            "{what} ID {id} is the beginning of several; write more of it"
+        ))),
+        (None, _) => Err(CriError::not_found(what, id)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_may_be_cut_short_while_it_is_unique() {
+        let map = HashMap::from([
+            ("abc1".to_owned(), Arc::new(1)),
+            ("abd2".to_owned(), Arc::new(2)),
+        ]);
+        assert_eq!(*lookup(&map, "pod", "abc").unwrap(), 1);
+        assert_eq!(*lookup(&map, "pod", "abd2").unwrap(), 2);
+        assert_eq!(
+            lookup(&map, "pod", "ab").unwrap_err().code,
+            tonic::Code::InvalidArgument
+        );
+        assert_eq!(
+            lookup(&map, "pod", "x").unwrap_err().code,
+            tonic::Code::NotFound
+        );
+        assert_eq!(
+            lookup(&map, "pod", "").unwrap_err().code,
+            tonic::Code::InvalidArgument
+        );
+    }
+}

@@ -1,0 +1,505 @@
+//! `runtime.v1.RuntimeService`: each call taken apart, done elsewhere, and put together again.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use caisson_proto::cri;
+use cri::runtime_service_server::RuntimeService;
+use tokio_stream::StreamExt as _;
+use tokio_stream::wrappers::BroadcastStream;
+use tonic::codegen::BoxStream;
+use tonic::{Request, Response, Status};
+
+use super::containers::{self, exec, log, stats};
+use super::registry::Event;
+use super::{Context, CriError, RUNTIME_NAME, detached, filters, pods};
+
+type Answer<T> = Result<Response<T>, Status>;
+
+/// The service.
+pub struct Service {
+    context: Arc<Context>,
+}
+
+impl Service {
+    /// The service on this context.
+    pub fn new(context: Arc<Context>) -> Self {
+        Self { context }
+    }
+
+    fn conditions(&self, kvm: Result<(), CriError>) -> Vec<cri::RuntimeCondition> {
+        let condition = |kind: &str, result: Result<(), (&str, String)>| {
+            let (reason, message) = result.as_ref().err().cloned().unwrap_or_default();
+            cri::RuntimeCondition {
+                r#type: kind.to_owned(),
+                status: result.is_ok(),
+                reason: reason.to_owned(),
+                message,
+            }
+        };
+        let parts = [
+            self.context.config.vmm_path(),
+            self.context.config.kernel_path(),
+            self.context.config.initramfs_path(),
+        ];
+        let runtime = match parts.into_iter().find_map(Result::err) {
+            Some(error) => Err(("RuntimeIncomplete", error.to_string())),
+            None => kvm.map_err(|error| ("KVMNotUsable", error.message)),
+        };
+        let network = self
+            .context
+            .network
+            .ready()
+            .map_err(|error| ("NetworkNotReady", error.to_string()));
+        vec![
+            condition("RuntimeReady", runtime),
+            condition("NetworkReady", network),
+        ]
+    }
+
+    fn event(context: &Context, event: &Event) -> cri::ContainerEventResponse {
+        let pod = context.registry.pod(&event.sandbox_id).ok();
+        let status = pod.map(|pod| pods::status(context, &pod, false));
+        let (status, containers) = status.map_or((None, Vec::new()), |status| {
+            (status.status, status.containers_statuses)
+        });
+        cri::ContainerEventResponse {
+            container_id: event.id.clone(),
+            container_event_type: event.kind as i32,
+            created_at: event.at,
+            pod_sandbox_status: status,
+            containers_statuses: containers,
+        }
+    }
+}
+
+fn ok<T>(message: T) -> Answer<T> {
+    Ok(Response::new(message))
+}
+
+fn later(what: &str) -> Status {
+    CriError::unimplemented(format!("{what} is not part of this release of Caisson")).into()
+}
+
+/// An idempotent call has nothing to do for what is not there.
+fn found<T>(result: Result<T, CriError>) -> Result<Option<T>, CriError> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if error.code == tonic::Code::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn seconds(value: i64) -> Duration {
+    Duration::from_secs(u64::try_from(value).unwrap_or(0))
+}
+
+#[tonic::async_trait]
+impl RuntimeService for Service {
+    async fn version(&self, _: Request<cri::VersionRequest>) -> Answer<cri::VersionResponse> {
+        ok(cri::VersionResponse {
+            version: "0.1.0".into(), // of the kubelet's runtime API, as every runtime answers
+            runtime_name: RUNTIME_NAME.into(),
+            runtime_version: env!("CARGO_PKG_VERSION").into(),
+            runtime_api_version: "v1".into(),
+        })
+    }
+
+    async fn status(&self, request: Request<cri::StatusRequest>) -> Answer<cri::StatusResponse> {
+        let kvm = self.context.kvm.require().await;
+        let mut info = std::collections::HashMap::new();
+        if request.get_ref().verbose {
+            let config = serde_json::to_string(&self.context.config).unwrap_or_default();
+            info.insert("config".to_owned(), config);
+        }
+        let handler = |name: &str| cri::RuntimeHandler {
+            name: name.to_owned(),
+            features: Some(cri::RuntimeHandlerFeatures {
+                recursive_read_only_mounts: true,
+                user_namespaces: false,
+            }),
+        };
+        let names = self.context.config.handlers.keys().map(String::as_str);
+        ok(cri::StatusResponse {
+            status: Some(cri::RuntimeStatus {
+                conditions: self.conditions(kvm),
+            }),
+            info,
+            // The empty name stands for the default handler.
+            runtime_handlers: std::iter::once("").chain(names).map(handler).collect(),
+            features: Some(cri::RuntimeFeatures {
+                supplemental_groups_policy: false,
+                ..Default::default()
+            }),
+        })
+    }
+
+    async fn runtime_config(
+        &self,
+        _: Request<cri::RuntimeConfigRequest>,
+    ) -> Answer<cri::RuntimeConfigResponse> {
+        ok(cri::RuntimeConfigResponse {
+            linux: Some(cri::LinuxRuntimeConfiguration {
+                cgroup_driver: cri::CgroupDriver::Cgroupfs as i32,
+            }),
+        })
+    }
+
+    async fn update_runtime_config(
+        &self,
+        _: Request<cri::UpdateRuntimeConfigRequest>,
+    ) -> Answer<cri::UpdateRuntimeConfigResponse> {
+        // It tells the node's pod CIDR, which is CNI's affair here.
+        ok(cri::UpdateRuntimeConfigResponse {})
+    }
+
+    async fn run_pod_sandbox(
+        &self,
+        request: Request<cri::RunPodSandboxRequest>,
+    ) -> Answer<cri::RunPodSandboxResponse> {
+        let (context, request) = (self.context.clone(), request.into_inner());
+        let pod_sandbox_id =
+            detached(async move { pods::run(&context, request).await }).await?;
+        ok(cri::RunPodSandboxResponse { pod_sandbox_id })
+    }
+
+    async fn stop_pod_sandbox(
+        &self,
+        request: Request<cri::StopPodSandboxRequest>,
+    ) -> Answer<cri::StopPodSandboxResponse> {
+        let id = &request.get_ref().pod_sandbox_id;
+        if let Some(pod) = found(self.context.registry.pod(id))? {
+            let context = self.context.clone();
+            detached(async move { pods::stop(&context, &pod).await }).await?;
+        }
+        ok(cri::StopPodSandboxResponse {})
+    }
+
+    async fn remove_pod_sandbox(
+        &self,
+        request: Request<cri::RemovePodSandboxRequest>,
+    ) -> Answer<cri::RemovePodSandboxResponse> {
+        let id = &request.get_ref().pod_sandbox_id;
+        if let Some(pod) = found(self.context.registry.pod(id))? {
+            let context = self.context.clone();
+            detached(async move { pods::remove(&context, &pod).await }).await?;
+        }
+        ok(cri::RemovePodSandboxResponse {})
+    }
+
+    async fn pod_sandbox_status(
+        &self,
+        request: Request<cri::PodSandboxStatusRequest>,
+    ) -> Answer<cri::PodSandboxStatusResponse> {
+        let request = request.get_ref();
+        let pod = self.context.registry.pod(&request.pod_sandbox_id)?;
+        ok(pods::status(&self.context, &pod, request.verbose))
+    }
+
+    async fn list_pod_sandbox(
+        &self,
+        request: Request<cri::ListPodSandboxRequest>,
+    ) -> Answer<cri::ListPodSandboxResponse> {
+        let filter = request.into_inner().filter.unwrap_or_default();
+        let items = self
+            .context
+            .registry
+            .pods()
+            .iter()
+            .map(|pod| pod.record())
+            .filter(|record| {
+                record.state != crate::store::SandboxState::Creating
+                    && filters::pod(&filter, record)
+            })
+            .map(|record| pods::item(&record))
+            .collect();
+        ok(cri::ListPodSandboxResponse { items })
+    }
+
+    async fn create_container(
+        &self,
+        request: Request<cri::CreateContainerRequest>,
+    ) -> Answer<cri::CreateContainerResponse> {
+        let (context, request) = (self.context.clone(), request.into_inner());
+        let container_id =
+            detached(async move { containers::create(&context, request).await }).await?;
+        ok(cri::CreateContainerResponse { container_id })
+    }
+
+    async fn start_container(
+        &self,
+        request: Request<cri::StartContainerRequest>,
+    ) -> Answer<cri::StartContainerResponse> {
+        let container = self
+            .context
+            .registry
+            .container(&request.get_ref().container_id)?;
+        let context = self.context.clone();
+        detached(async move {
+            containers::start(&context, &container, containers::Copies::default()).await
+        })
+        .await?;
+        ok(cri::StartContainerResponse {})
+    }
+
+    async fn stop_container(
+        &self,
+        request: Request<cri::StopContainerRequest>,
+    ) -> Answer<cri::StopContainerResponse> {
+        let request = request.into_inner();
+        if let Some(container) = found(self.context.registry.container(&request.container_id))? {
+            let grace = seconds(request.timeout);
+            detached(async move { containers::stop(&container, grace).await }).await?;
+        }
+        ok(cri::StopContainerResponse {})
+    }
+
+    async fn remove_container(
+        &self,
+        request: Request<cri::RemoveContainerRequest>,
+    ) -> Answer<cri::RemoveContainerResponse> {
+        let id = &request.get_ref().container_id;
+        if let Some(container) = found(self.context.registry.container(id))? {
+            let context = self.context.clone();
+            detached(async move { containers::remove(&context, &container).await }).await?;
+        }
+        ok(cri::RemoveContainerResponse {})
+    }
+
+    async fn list_containers(
+        &self,
+        request: Request<cri::ListContainersRequest>,
+    ) -> Answer<cri::ListContainersResponse> {
+        let filter = request.into_inner().filter.unwrap_or_default();
+        let containers = self
+            .context
+            .registry
+            .containers()
+            .iter()
+            .map(|container| container.record())
+            .filter(|record| {
+                containers::is_visible(record.state) && filters::container(&filter, record)
+            })
+            .map(|record| containers::item(&record))
+            .collect();
+        ok(cri::ListContainersResponse { containers })
+    }
+
+    async fn container_status(
+        &self,
+        request: Request<cri::ContainerStatusRequest>,
+    ) -> Answer<cri::ContainerStatusResponse> {
+        let request = request.get_ref();
+        let container = self.context.registry.container(&request.container_id)?;
+        ok(cri::ContainerStatusResponse {
+            status: Some(containers::status(&container.record())),
+            info: if request.verbose {
+                containers::verbose(&container)
+            } else {
+                std::collections::HashMap::new()
+            },
+        })
+    }
+
+    async fn update_container_resources(
+        &self,
+        request: Request<cri::UpdateContainerResourcesRequest>,
+    ) -> Answer<cri::UpdateContainerResourcesResponse> {
+        let request = request.into_inner();
+        let container = self.context.registry.container(&request.container_id)?;
+        let resources = request
+            .linux
+            .ok_or_else(|| CriError::invalid("the request has no linux resources"))?;
+        let context = self.context.clone();
+        detached(async move { containers::update(&context, &container, &resources).await }).await?;
+        ok(cri::UpdateContainerResourcesResponse {})
+    }
+
+    async fn reopen_container_log(
+        &self,
+        request: Request<cri::ReopenContainerLogRequest>,
+    ) -> Answer<cri::ReopenContainerLogResponse> {
+        let container = self
+            .context
+            .registry
+            .container(&request.get_ref().container_id)?;
+        log::reopen(&container).await?;
+        ok(cri::ReopenContainerLogResponse {})
+    }
+
+    async fn exec_sync(
+        &self,
+        request: Request<cri::ExecSyncRequest>,
+    ) -> Answer<cri::ExecSyncResponse> {
+        let request = request.into_inner();
+        let container = self.context.registry.container(&request.container_id)?;
+        // In a task of its own, so that the time-out kills the command even when the client is gone.
+        let answer = detached(async move {
+            exec::sync(&container, request.cmd, seconds(request.timeout)).await
+        })
+        .await?;
+        ok(answer)
+    }
+
+    async fn container_stats(
+        &self,
+        request: Request<cri::ContainerStatsRequest>,
+    ) -> Answer<cri::ContainerStatsResponse> {
+        let container = self
+            .context
+            .registry
+            .container(&request.get_ref().container_id)?;
+        ok(cri::ContainerStatsResponse {
+            stats: Some(stats::container(&container).await?),
+        })
+    }
+
+    async fn list_container_stats(
+        &self,
+        request: Request<cri::ListContainerStatsRequest>,
+    ) -> Answer<cri::ListContainerStatsResponse> {
+        let filter = request.into_inner().filter.unwrap_or_default();
+        let filter = cri::ContainerFilter {
+            id: filter.id,
+            state: None,
+            pod_sandbox_id: filter.pod_sandbox_id,
+            label_selector: filter.label_selector,
+        };
+        let stats = stats::list(&self.context, |container| {
+            filters::container(&filter, &container.record())
+        })
+        .await;
+        ok(cri::ListContainerStatsResponse { stats })
+    }
+
+    async fn pod_sandbox_stats(
+        &self,
+        request: Request<cri::PodSandboxStatsRequest>,
+    ) -> Answer<cri::PodSandboxStatsResponse> {
+        let pod = self
+            .context
+            .registry
+            .pod(&request.get_ref().pod_sandbox_id)?;
+        ok(cri::PodSandboxStatsResponse {
+            stats: Some(stats::pod(&self.context, &pod).await?),
+        })
+    }
+
+    async fn list_pod_sandbox_stats(
+        &self,
+        request: Request<cri::ListPodSandboxStatsRequest>,
+    ) -> Answer<cri::ListPodSandboxStatsResponse> {
+        let filter = request.into_inner().filter.unwrap_or_default();
+        let filter = cri::PodSandboxFilter {
+            id: filter.id,
+            state: None,
+            label_selector: filter.label_selector,
+        };
+        let pods = self.context.registry.pods();
+        let asked = pods
+            .iter()
+            .filter(|pod| pod.ready().is_ok() && filters::pod(&filter, &pod.record()))
+            .map(|pod| stats::pod(&self.context, pod));
+        let stats = futures::future::join_all(asked)
+            .await
+            .into_iter()
+            .filter_map(Result::ok)
+            .collect();
+        ok(cri::ListPodSandboxStatsResponse { stats })
+    }
+
+    async fn get_container_events(
+        &self,
+        _: Request<cri::GetEventsRequest>,
+    ) -> Answer<BoxStream<cri::ContainerEventResponse>> {
+        let context = self.context.clone();
+        let events = BroadcastStream::new(self.context.registry.events()).map(move |event| {
+            match event {
+                Ok(event) => Ok(Self::event(&context, &event)),
+                // The listener must know, so that it lists everything anew.
+                Err(lagged) => Err(Status::data_loss(format!(
+                    "events were lost because they were not read in time: {lagged}"
+                ))),
+            }
+        });
+        ok(Box::pin(events))
+    }
+
+    async fn exec(&self, _: Request<cri::ExecRequest>) -> Answer<cri::ExecResponse> {
+        Err(later("Exec over a streaming URL (use ExecSync, or `caisson exec`)"))
+    }
+
+    async fn attach(&self, _: Request<cri::AttachRequest>) -> Answer<cri::AttachResponse> {
+        Err(later("Attach over a streaming URL"))
+    }
+
+    async fn port_forward(
+        &self,
+        _: Request<cri::PortForwardRequest>,
+    ) -> Answer<cri::PortForwardResponse> {
+        Err(later("PortForward"))
+    }
+
+    async fn checkpoint_container(
+        &self,
+        _: Request<cri::CheckpointContainerRequest>,
+    ) -> Answer<cri::CheckpointContainerResponse> {
+        Err(later("CheckpointContainer"))
+    }
+
+    async fn update_pod_sandbox_resources(
+        &self,
+        _: Request<cri::UpdatePodSandboxResourcesRequest>,
+    ) -> Answer<cri::UpdatePodSandboxResourcesResponse> {
+        Err(later("UpdatePodSandboxResources"))
+    }
+
+    async fn list_metric_descriptors(
+        &self,
+        _: Request<cri::ListMetricDescriptorsRequest>,
+    ) -> Answer<cri::ListMetricDescriptorsResponse> {
+        Err(later("ListMetricDescriptors"))
+    }
+
+    async fn list_pod_sandbox_metrics(
+        &self,
+        _: Request<cri::ListPodSandboxMetricsRequest>,
+    ) -> Answer<cri::ListPodSandboxMetricsResponse> {
+        Err(later("ListPodSandboxMetrics"))
+    }
+
+    async fn stream_pod_sandboxes(
+        &self,
+        _: Request<cri::StreamPodSandboxesRequest>,
+    ) -> Answer<BoxStream<cri::StreamPodSandboxesResponse>> {
+        Err(later("StreamPodSandboxes (use ListPodSandbox)"))
+    }
+
+    async fn stream_containers(
+        &self,
+        _: Request<cri::StreamContainersRequest>,
+    ) -> Answer<BoxStream<cri::StreamContainersResponse>> {
+        Err(later("StreamContainers (use ListContainers)"))
+    }
+
+    async fn stream_container_stats(
+        &self,
+        _: Request<cri::StreamContainerStatsRequest>,
+    ) -> Answer<BoxStream<cri::StreamContainerStatsResponse>> {
+        Err(later("StreamContainerStats (use ListContainerStats)"))
+    }
+
+    async fn stream_pod_sandbox_stats(
+        &self,
+        _: Request<cri::StreamPodSandboxStatsRequest>,
+    ) -> Answer<BoxStream<cri::StreamPodSandboxStatsResponse>> {
+        Err(later("StreamPodSandboxStats (use ListPodSandboxStats)"))
+    }
+
+    async fn stream_pod_sandbox_metrics(
+        &self,
+        _: Request<cri::StreamPodSandboxMetricsRequest>,
+    ) -> Answer<BoxStream<cri::StreamPodSandboxMetricsResponse>> {
+        Err(later("StreamPodSandboxMetrics"))
+    }
+}

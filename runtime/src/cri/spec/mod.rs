@@ -1,0 +1,193 @@
+//! From a CRI container configuration and an image's configuration to an OCI runtime spec (version 1.2).
+//!
+//! The spec is for the agent in the guest. Network, IPC and UTS namespaces of a pod are the guest's own, so they do
+//! not appear in it. A host path never appears either: volumes come as paths in the guest.
+
+mod capabilities;
+mod mounts;
+mod process;
+mod resources;
+mod seccomp;
+mod security;
+pub mod signal;
+
+use caisson_proto::cri;
+use serde_json::{Value, json};
+
+pub use process::{exec_process, ImageDefaults};
+pub use resources::{linux_resources, merge};
+pub use security::{check_pod, seccomp_file};
+
+use super::CriError;
+
+/// The version of the OCI runtime spec that is written.
+const OCI_VERSION: &str = "1.2.0";
+
+/// A volume, already shared with the guest.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Volume {
+    /// Its path in the guest.
+    pub source: String,
+    /// Where it is mounted in the container.
+    pub destination: String,
+    /// Whether writes are refused.
+    pub read_only: bool,
+    /// Whether writes are refused in mounts below it too.
+    pub recursive_read_only: bool,
+}
+
+/// What a spec is made from.
+#[derive(Debug)]
+pub struct Input<'a> {
+    /// The container as asked for.
+    pub config: &'a cri::ContainerConfig,
+    /// The image's configuration.
+    pub image: &'a ImageDefaults,
+    /// The pod's hostname.
+    pub hostname: &'a str,
+    /// Whether the pod has a PID namespace that containers share.
+    pub shared_pid: bool,
+    /// The process of the container whose PID namespace is asked for, in the guest.
+    pub target_pid: Option<i32>,
+    /// The volumes, one for each mount of the configuration, in its order.
+    pub volumes: &'a [Volume],
+    /// The text of the seccomp profile that the configuration names by path.
+    pub seccomp_profile: Option<Value>,
+}
+
+/// Makes the spec.
+///
+/// # Errors
+/// INVALID_ARGUMENT or UNIMPLEMENTED that names the field which is wrong or cannot be honoured.
+pub fn build(input: &Input<'_>) -> Result<Value, CriError> {
+    let linux = input.config.linux.clone().unwrap_or_default();
+    let security = linux.security_context.clone().unwrap_or_default();
+    let privileged = security.privileged;
+    security::check_container(input.config, &security)?;
+
+    let mut resources = linux_resources(&linux.resources.clone().unwrap_or_default())?;
+    // The engine adds what every container may use (null, zero, tty, …) to a refusal of everything.
+    resources["devices"] = json!([{ "allow": privileged, "access": "rwm" }]);
+    let mut oci_linux = json!({
+        "namespaces": security::namespaces(&security, input.shared_pid, input.target_pid)?,
+        "resources": resources,
+        "rootfsPropagation": "rprivate",
+    });
+    if !privileged {
+        oci_linux["maskedPaths"] = security::masked_paths(&security).into();
+        oci_linux["readonlyPaths"] = security::readonly_paths(&security).into();
+    }
+    let process = process::container_process(input, &security)?;
+    if let Some(profile) = security::seccomp_choice(&security, input.seccomp_profile.as_ref())? {
+        oci_linux["seccomp"] = match profile {
+            security::Seccomp::Default => {
+                seccomp::default_profile(&capabilities::bounding(&security)?)
+            }
+            security::Seccomp::Given(profile) => profile,
+        };
+    }
+    Ok(json!({
+        "ociVersion": OCI_VERSION,
+        "process": process,
+        "root": { "path": "rootfs", "readonly": security.readonly_rootfs },
+        "mounts": mounts::mounts(input, &security)?,
+        "linux": oci_linux,
+    }))
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    pub fn config() -> cri::ContainerConfig {
+        cri::ContainerConfig {
+            metadata: Some(cri::ContainerMetadata {
+                name: "c".into(),
+                attempt: 0,
+            }),
+            image: Some(cri::ImageSpec {
+                image: "busybox".into(),
+                ..Default::default()
+            }),
+            command: vec!["true".into()],
+            ..Default::default()
+        }
+    }
+
+    pub fn with_security(
+        security: cri::LinuxContainerSecurityContext,
+    ) -> cri::ContainerConfig {
+        cri::ContainerConfig {
+            linux: Some(cri::LinuxContainerConfig {
+                resources: None,
+                security_context: Some(security),
+            }),
+            ..config()
+        }
+    }
+
+    pub fn built(config: &cri::ContainerConfig) -> Result<Value, CriError> {
+        build(&Input {
+            config,
+            image: &ImageDefaults::default(),
+            hostname: "web",
+            shared_pid: true,
+            target_pid: None,
+            volumes: &[],
+            seccomp_profile: None,
+        })
+    }
+
+    #[test]
+    fn a_plain_container_is_confined() {
+        let spec = built(&config()).unwrap();
+        assert_eq!(spec["root"]["path"], "rootfs");
+        assert_eq!(spec["linux"]["seccomp"]["defaultAction"], "SCMP_ACT_ERRNO");
+        assert!(
+            spec["linux"]["maskedPaths"]
+                .as_array()
+                .unwrap()
+                .contains(&json!("/proc/kcore"))
+        );
+        assert_eq!(
+            spec["linux"]["resources"]["devices"],
+            json!([{ "allow": false, "access": "rwm" }])
+        );
+        let kinds: Vec<_> = spec["linux"]["namespaces"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|n| n["type"].as_str().unwrap().to_owned())
+            .collect();
+        assert_eq!(kinds, ["mount", "cgroup", "pid"]);
+        assert_eq!(
+            spec["linux"]["namespaces"][2]["path"],
+            "/run/caisson/ns/pid"
+        );
+    }
+
+    #[test]
+    fn a_privileged_container_has_the_whole_guest() {
+        let spec = built(&with_security(cri::LinuxContainerSecurityContext {
+            privileged: true,
+            ..Default::default()
+        }))
+        .unwrap();
+        assert!(spec["linux"].get("maskedPaths").is_none());
+        assert!(spec["linux"].get("seccomp").is_none());
+        assert_eq!(
+            spec["process"]["capabilities"]["bounding"]
+                .as_array()
+                .unwrap()
+                .len(),
+            41
+        );
+        let sys = spec["mounts"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|m| m["destination"] == "/sys")
+            .unwrap();
+        assert!(sys["options"].as_array().unwrap().contains(&json!("rw")));
+    }
+}
