@@ -16,6 +16,7 @@
 mod handler;
 mod identity;
 mod ledger;
+mod requests;
 mod share;
 
 use std::io;
@@ -162,5 +163,7 @@ fn failed(source: io::Error) -> DeviceError {
     }
 }
 
+#[cfg(test)]
+mod hostile_tests;
 #[cfg(test)]
 mod tests;

@@ -4,52 +4,51 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Receiver;
-use std::time::Duration;
 
 use super::super::testing::{Desc, Driver, Interrupts, activation, memory, wait_until};
 use super::*;
 
-const REQUEST: u64 = 0x1_0000;
-const REPLY: u64 = 0x4_0000;
-const ROOM: u32 = 0x2_0000;
-const ROOT: u64 = 1;
+pub const REQUEST: u64 = 0x1_0000;
+pub const REPLY: u64 = 0x4_0000;
+pub const ROOM: u32 = 0x2_0000;
+pub const ROOT: u64 = 1;
 
-const LOOKUP: u32 = 1;
-const SETATTR: u32 = 4;
-const READLINK: u32 = 5;
-const SYMLINK: u32 = 6;
-const MKNOD: u32 = 8;
-const MKDIR: u32 = 9;
-const UNLINK: u32 = 10;
-const RMDIR: u32 = 11;
-const RENAME: u32 = 12;
-const LINK: u32 = 13;
-const OPEN: u32 = 14;
-const READ: u32 = 15;
-const WRITE: u32 = 16;
-const GETXATTR: u32 = 22;
-const INIT: u32 = 26;
-const OPENDIR: u32 = 27;
-const READDIR: u32 = 28;
-const CREATE: u32 = 35;
-const DESTROY: u32 = 38;
-const IOCTL: u32 = 39;
-const BATCH_FORGET: u32 = 42;
-const READDIRPLUS: u32 = 44;
-const SETUPMAPPING: u32 = 48;
+pub const LOOKUP: u32 = 1;
+pub const SETATTR: u32 = 4;
+pub const READLINK: u32 = 5;
+pub const SYMLINK: u32 = 6;
+pub const MKNOD: u32 = 8;
+pub const MKDIR: u32 = 9;
+pub const UNLINK: u32 = 10;
+pub const RMDIR: u32 = 11;
+pub const RENAME: u32 = 12;
+pub const LINK: u32 = 13;
+pub const OPEN: u32 = 14;
+pub const READ: u32 = 15;
+pub const WRITE: u32 = 16;
+pub const GETXATTR: u32 = 22;
+pub const INIT: u32 = 26;
+pub const OPENDIR: u32 = 27;
+pub const READDIR: u32 = 28;
+pub const CREATE: u32 = 35;
+pub const DESTROY: u32 = 38;
+pub const IOCTL: u32 = 39;
+pub const BATCH_FORGET: u32 = 42;
+pub const READDIRPLUS: u32 = 44;
+pub const SETUPMAPPING: u32 = 48;
 
 /// A share with a directory beside it that must stay as it is, and the driver of its device.
-struct Setup {
+pub struct Setup {
     _device: Fs,
-    priority: Driver,
-    requests: Driver,
-    failures: Receiver<String>,
+    pub priority: Driver,
+    pub requests: Driver,
+    pub failures: Receiver<String>,
     base: tempfile::TempDir,
-    sent: u16,
+    pub sent: u16,
 }
 
 impl Setup {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let base = tempfile::tempdir().unwrap();
         fs::create_dir(base.path().join("share")).unwrap();
         fs::create_dir(base.path().join("outside")).unwrap();
@@ -77,16 +76,16 @@ impl Setup {
         setup
     }
 
-    fn share(&self) -> PathBuf {
+    pub fn share(&self) -> PathBuf {
         self.base.path().join("share")
     }
 
-    fn ask(&mut self, opcode: u32, node: u64, body: &[u8]) -> (i32, Vec<u8>) {
+    pub fn ask(&mut self, opcode: u32, node: u64, body: &[u8]) -> (i32, Vec<u8>) {
         self.ask_as(0, 0, opcode, node, body)
     }
 
     /// Sends a request; returns its error (positive) and the rest of the answer.
-    fn ask_as(
+    pub fn ask_as(
         &mut self,
         uid: u32,
         gid: u32,
@@ -107,7 +106,7 @@ impl Setup {
         (-error, reply[16..].to_vec())
     }
 
-    fn send(&mut self, bytes: &[u8]) {
+    pub fn send(&mut self, bytes: &[u8]) {
         self.requests.recycle();
         self.requests.put(REQUEST, bytes);
         self.requests.add(&[
@@ -119,25 +118,25 @@ impl Setup {
         wait_until("answered", || self.requests.used_index() == self.sent);
     }
 
-    fn lookup(&mut self, parent: u64, name: &str) -> Result<u64, i32> {
+    pub fn lookup(&mut self, parent: u64, name: &str) -> Result<u64, i32> {
         match self.ask(LOOKUP, parent, &terminated(name)) {
             (0, entry) => Ok(u64::from_le_bytes(entry[..8].try_into().unwrap())),
             (error, _) => Err(error),
         }
     }
 
-    fn open(&mut self, opcode: u32, node: u64, flags: i32) -> Result<u64, i32> {
+    pub fn open(&mut self, opcode: u32, node: u64, flags: i32) -> Result<u64, i32> {
         match self.ask(opcode, node, &words(&[flags as u32, 0])) {
             (0, open) => Ok(u64::from_le_bytes(open[..8].try_into().unwrap())),
             (error, _) => Err(error),
         }
     }
 
-    fn read(&mut self, opcode: u32, node: u64, handle: u64, size: u32) -> (i32, Vec<u8>) {
+    pub fn read(&mut self, opcode: u32, node: u64, handle: u64, size: u32) -> (i32, Vec<u8>) {
         self.ask(opcode, node, &read_in(handle, 0, size))
     }
 
-    fn outside_is_untouched(&self) {
+    pub fn outside_is_untouched(&self) {
         let names = |path: &Path| {
             let mut names: Vec<_> = fs::read_dir(path)
                 .unwrap()
@@ -153,7 +152,7 @@ impl Setup {
     }
 }
 
-fn request(uid: u32, gid: u32, opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
+pub fn request(uid: u32, gid: u32, opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
     let mut bytes = words(&[40 + body.len() as u32, opcode]);
     bytes.extend(4711u64.to_le_bytes());
     bytes.extend(node.to_le_bytes());
@@ -162,28 +161,28 @@ fn request(uid: u32, gid: u32, opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
     bytes
 }
 
-fn words(words: &[u32]) -> Vec<u8> {
+pub fn words(words: &[u32]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_le_bytes()).collect()
 }
 
-fn terminated(name: &str) -> Vec<u8> {
+pub fn terminated(name: &str) -> Vec<u8> {
     [name.as_bytes(), b"\0"].concat()
 }
 
-fn read_in(handle: u64, offset: u64, size: u32) -> Vec<u8> {
+pub fn read_in(handle: u64, offset: u64, size: u32) -> Vec<u8> {
     let mut body = handle.to_le_bytes().to_vec();
     body.extend(offset.to_le_bytes());
     body.extend(words(&[size, 0, 0, 0, 0, 0]));
     body
 }
 
-fn create_in(flags: i32, name: &str) -> Vec<u8> {
+pub fn create_in(flags: i32, name: &str) -> Vec<u8> {
     let mut body = words(&[flags as u32, 0o640, 0, 0]);
     body.extend(terminated(name));
     body
 }
 
-fn write_in(handle: u64, data: &[u8], size: u32) -> Vec<u8> {
+pub fn write_in(handle: u64, data: &[u8], size: u32) -> Vec<u8> {
     let mut body = handle.to_le_bytes().to_vec();
     body.extend(0u64.to_le_bytes());
     body.extend(words(&[size, 0, 0, 0, libc::O_RDWR as u32, 0]));
@@ -453,170 +452,4 @@ fn unmounting_in_the_guest_gives_everything_back_and_it_can_mount_again() {
     assert_eq!(s.open(OPEN, f, libc::O_RDONLY), Err(libc::EBADF));
     let f = s.lookup(ROOT, "f").unwrap();
     assert!(s.open(OPEN, f, libc::O_RDONLY).is_ok());
-}
-
-#[test]
-fn sizes_that_lie_are_refused_without_taking_memory_for_them() {
-    let mut s = Setup::new();
-    fs::write(s.share().join("f"), "f").unwrap();
-    let f = s.lookup(ROOT, "f").unwrap();
-    let handle = s.open(OPEN, f, libc::O_RDWR).unwrap();
-    let name = terminated("user.x");
-    let xattr = [words(&[u32::MAX, 0]), name].concat();
-    assert_eq!(s.ask(GETXATTR, f, &xattr).0, libc::ENOSYS);
-    assert!(s.read(READ, f, handle, u32::MAX).0 != 0);
-    assert!(s.read(READDIR, ROOT, handle, u32::MAX).0 != 0);
-    // More than there is to write: what is there is written.
-    s.ask(WRITE, f, &write_in(handle, b"abc", u32::MAX));
-    assert_eq!(fs::read(s.share().join("f")).unwrap(), b"abc");
-    let ioctl = [
-        handle.to_le_bytes().to_vec(),
-        words(&[0, 0, 0, 0, u32::MAX, 0]),
-    ]
-    .concat();
-    assert!(s.ask(IOCTL, f, &ioctl).0 != 0);
-    assert!(s.ask(SETUPMAPPING, f, &[0xff; 40]).0 != 0);
-    assert_eq!(s.ask(99, ROOT, &[]).0, libc::ENOSYS);
-    // The length in the header is more than there is, and less than the header.
-    for len in [u32::MAX, 1 << 20, 0, 39] {
-        let mut bytes = request(0, 0, LOOKUP, ROOT, b"f\0");
-        bytes[..4].copy_from_slice(&len.to_le_bytes());
-        s.send(&bytes);
-        let reply = s.requests.bytes(REPLY, 16);
-        assert!(i32::from_le_bytes(reply[4..8].try_into().unwrap()) < 0);
-    }
-    assert!(s.failures.try_recv().is_err());
-}
-
-#[test]
-fn forgetting_needs_no_answer_on_the_priority_queue() {
-    let mut s = Setup::new();
-    fs::write(s.share().join("f"), "f").unwrap();
-    let f = s.lookup(ROOT, "f").unwrap();
-    let many = request(
-        0,
-        0,
-        BATCH_FORGET,
-        0,
-        &[words(&[u32::MAX, 0]), vec![0; 16]].concat(),
-    );
-    let mut one = words(&[1, 0]);
-    one.extend([f.to_le_bytes(), 1u64.to_le_bytes()].concat());
-    let one = request(0, 0, BATCH_FORGET, 0, &one);
-    for (i, bytes) in [many, one].iter().enumerate() {
-        let at = REQUEST + 0x1000 * i as u64;
-        s.priority.put(at, bytes);
-        s.priority.add(&[Desc::read(at, bytes.len() as u32)]);
-    }
-    s.priority.notify();
-    wait_until("used", || s.priority.used() == vec![(0, 0), (1, 0)]);
-    assert_eq!(s.open(OPEN, f, libc::O_RDONLY), Err(libc::EBADF));
-}
-
-#[test]
-fn any_bytes_get_an_answer_and_none_ends_the_machine() {
-    let mut s = Setup::new();
-    fs::create_dir(s.share().join("d")).unwrap();
-    fs::write(s.share().join("f"), "f").unwrap();
-    s.lookup(ROOT, "d").unwrap();
-    let f = s.lookup(ROOT, "f").unwrap();
-    s.open(OPEN, f, libc::O_RDWR).unwrap();
-    let mut seed = 0x2545_f491_4f6c_dd1d_u64;
-    let mut random = || {
-        seed ^= seed << 13;
-        seed ^= seed >> 7;
-        seed ^= seed << 17;
-        seed
-    };
-    for _ in 0..4000 {
-        let opcode = (random() % 54) as u32;
-        let body: Vec<u8> = (0..random() % 120)
-            .map(|_| {
-                if random() % 3 == 0 {
-                    random() as u8
-                } else {
-                    (random() % 4) as u8
-                }
-            })
-            .collect();
-        let bytes = request(random() as u32 % 3, 0, opcode, random() % 5, &body);
-        let cut = if random() % 8 == 0 {
-            random() as usize % 40
-        } else {
-            0
-        };
-        s.send(&bytes[..bytes.len() - cut.min(body.len())]);
-    }
-    s.outside_is_untouched();
-    assert!(s.failures.try_recv().is_err());
-}
-
-#[test]
-fn hostile_chains_end_the_machine_with_a_reason() {
-    type Attack = fn(&Setup);
-    let attacks: [(Attack, &str); 4] = [
-        (
-            |s| _ = s.requests.add(&[Desc::read(REQUEST, 39)]),
-            "shorter than its header",
-        ),
-        (
-            |s| _ = s.requests.add(&[Desc::read(0xf_fff0, 64)]),
-            "not in guest memory",
-        ),
-        (|s| s.requests.add_raw(&[(REQUEST, 64, 1, 0)]), "loops"),
-        (
-            |s| s.requests.set_available_index(1000),
-            "available ring index",
-        ),
-    ];
-    for (attack, expected) in attacks {
-        let s = Setup::new();
-        s.requests.recycle();
-        attack(&s);
-        s.requests.notify();
-        let reason = s.failures.recv_timeout(Duration::from_secs(5)).unwrap();
-        assert!(reason.contains(expected), "{reason}");
-    }
-}
-
-#[test]
-fn a_request_of_absurd_size_is_refused() {
-    let mut s = Setup::new();
-    s.requests.recycle();
-    s.requests
-        .put(REQUEST, &request(0, 0, LOOKUP, ROOT, b"f\0"));
-    // The same memory many times over: 4 MiB of request.
-    let mut chain = vec![Desc::read(REQUEST, 0x4_0000); 16];
-    chain.push(Desc::write(REPLY + 0x4_0000, 4096));
-    s.requests.add(&chain);
-    s.requests.notify();
-    s.sent += 1;
-    wait_until("answered", || s.requests.used_index() == s.sent);
-    let reply = s.requests.bytes(REPLY + 0x4_0000, 8);
-    assert_eq!(reply[4..], (-libc::EINVAL).to_le_bytes());
-}
-
-#[test]
-fn what_cannot_be_shared_is_refused() {
-    let directory = || ShareRoot::Directory(fs::File::open("/").unwrap().into());
-    assert!(matches!(Fs::new("", directory()), Err(FsError::Tag(_))));
-    assert!(matches!(
-        Fs::new(&"t".repeat(37), directory()),
-        Err(FsError::Tag(_))
-    ));
-    let file = tempfile::tempfile().unwrap();
-    let mut device = Fs::new("tag", ShareRoot::Directory(file.into())).unwrap();
-    assert!(matches!(device.open_root(), Err(FsError::Root(_))));
-    let mut space = [0; 41];
-    device.read_config(0, &mut space);
-    assert_eq!(
-        (&space[..4], &space[36..]),
-        (&b"tag\0"[..], &[1, 0, 0, 0, 0][..])
-    );
-
-    // Not before its root is open.
-    let memory = memory();
-    let driver = Driver::new(&memory, 8);
-    let error = device.activate(activation(&[&driver], 0).0).unwrap_err();
-    assert!(error.to_string().contains("root was not opened"), "{error}");
 }
