@@ -52,9 +52,14 @@ pub struct Spec {
 impl Spec {
     /// A machine with this kernel whose init is a busybox shell script.
     pub fn new(kernel: &Path, script: &str) -> Self {
+        Self::with_programs(kernel, script, &[])
+    }
+
+    /// The same with these programs of the host: where they are to be, and where they are.
+    pub fn with_programs(kernel: &Path, script: &str, programs: &[(&str, &Path)]) -> Self {
         let dir = TempDir::new().unwrap();
         let initramfs = dir.path().join("initramfs.cpio");
-        fs::write(&initramfs, cpio::busybox(script)).unwrap();
+        fs::write(&initramfs, cpio::busybox(script, programs)).unwrap();
         let console = File::create(dir.path().join("console")).unwrap();
         let listener = UnixListener::bind(dir.path().join("control")).unwrap();
         let mut spec = Self {

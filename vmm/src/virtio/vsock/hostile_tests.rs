@@ -1,7 +1,6 @@
 //! A guest that breaks the rules ends its connection or, where a ring is no ring, its machine; never the process.
 
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use super::connection::BUF_ALLOC;
 use super::packet::{HEADER_LEN, Header, MAX_PAYLOAD, SHUTDOWN_BOTH, op};
