@@ -145,7 +145,7 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, CliError> {
         Command::Images(args) => images::images(&connect()?, args).await,
         Command::Rmi(args) => images::rmi(&connect()?, args).await,
         Command::Timeline(args) => timeline::timeline(&connect()?, args).await,
-        Command::Doctor(args) => Ok(crate::doctor::doctor(&config()?, args.kvm_works)),
+        Command::Doctor(args) => Ok(crate::doctor::doctor(&config()?, args.kvm_works).await),
         Command::Config(ConfigArgs {
             what: ConfigWhat::Default,
         }) => {
