@@ -81,7 +81,7 @@ fn any_bytes_get_an_answer_and_none_ends_the_machine() {
         seed ^= seed << 17;
         seed
     };
-    for _ in 0..4000 {
+    for _ in 0..2000 {
         let opcode = (random() % 54) as u32;
         let body: Vec<u8> = (0..random() % 120)
             .map(|_| {

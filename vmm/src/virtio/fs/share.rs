@@ -4,8 +4,8 @@
 //! What is added: names are single components, and never `.` or `..`; sizes that the guest states are bounded
 //! before memory is taken for them; descriptors are counted; what is created belongs to the guest's user
 //! (see [`super::identity`]; the passthrough's own way takes a process that runs as root for granted);
-//! extended attributes are not offered, for the passthrough reaches them through a `/proc` that a jailed
-//! process does not see.
+//! extended attributes are not offered. The passthrough reaches them through a `/proc` that a jailed process
+//! does not see, and a guest that has them asks for `security.capability` before every write.
 
 use std::ffi::{CStr, CString};
 use std::io;
@@ -23,8 +23,8 @@ use super::{FsError, ShareRoot};
 /// How long the guest may take a name or attribute for true without asking: a ConfigMap's update is a symbolic
 /// link that is replaced on the host, and shows within this time.
 const VALID: Duration = Duration::from_secs(1);
-/// Descriptors that are kept for the rest of the machine.
-const RESERVED: u64 = 512;
+/// Descriptors that are kept for the rest of the machine; at most half of all.
+const RESERVED: u64 = 4096;
 /// A shared directory.
 pub struct Share {
     pub(super) files: PassthroughFs,
@@ -183,7 +183,8 @@ fn descriptors() -> usize {
     };
     // SAFETY: the call fills the structure that it is given. Where it failed, the limit would be 0.
     unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };
-    usize::try_from(limit.rlim_cur.saturating_sub(RESERVED)).unwrap_or(usize::MAX)
+    let reserved = RESERVED.min(limit.rlim_cur / 2);
+    usize::try_from(limit.rlim_cur - reserved).unwrap_or(usize::MAX)
 }
 
 /// The passthrough is told that everything is root's: whose it is, [`Identity`] has settled.
