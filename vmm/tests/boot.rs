@@ -8,7 +8,8 @@ use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use caisson_vmm_protocol::{
-    Channel, DiskConfig, ExitReason, JailConfig, PROTOCOL_VERSION, Reply, Request, VmState,
+    Channel, DiskConfig, Event, ExitReason, JailConfig, PROTOCOL_VERSION, Reply, Request, VmState,
+    VsockConfig,
 };
 use support::{Spec, kernel, spawn};
 
@@ -295,6 +296,67 @@ fn disks_are_what_they_were_said_to_be() {
         .read_exact_at(&mut written, 51_200)
         .unwrap();
     assert_eq!(&written, b"written");
+}
+
+#[test]
+fn disks_beyond_the_interrupt_lines_share_them() {
+    let kernel = with_kernel!("vmlinux");
+    let mut spec = Spec::new(
+        &kernel,
+        "for disk in /sys/block/vd*; do
+           dd if=/dev/${disk##*/} bs=64k count=16 2>/dev/null | md5sum | cut -c1-32 &
+         done
+         wait; echo read; poweroff -f",
+    );
+    let path = spec.dir.path().join("disk");
+    let disk = File::create_new(&path).unwrap();
+    let pattern: Vec<u8> = (0..1u32 << 18).flat_map(u32::to_le_bytes).collect();
+    disk.write_all_at(&pattern, 0).unwrap();
+    for n in 0..40 {
+        let file = spec.lend(File::open(&path).unwrap());
+        spec.config.disks.push(DiskConfig {
+            serial: format!("layer{n}"),
+            file,
+            read_only: true,
+        });
+    }
+    let mut vm = spec.boot().unwrap();
+    assert_eq!(vm.wait().code(), Some(0), "{}", vm.console());
+    let console = vm.console();
+    let sums: Vec<_> = console.lines().filter(|line| line.len() == 32).collect();
+    assert_eq!(sums.len(), 40, "{console}");
+    assert!(sums.iter().all(|sum| *sum == sums[0]), "{console}");
+}
+
+#[test]
+fn the_agent_says_that_it_is_ready_and_powers_off_when_asked() {
+    let kernel = with_kernel!("vmlinux");
+    let initramfs = kernel.with_file_name("initramfs.cpio");
+    let mut spec = Spec::new(&kernel, "");
+    spec.config.initramfs = Some(spec.lend(File::open(initramfs).unwrap()));
+    spec.config.vsock = Some(VsockConfig {
+        cid: 3,
+        listener: None,
+    });
+    spec.config.jail = Some(JailConfig {
+        uid: 70_001,
+        gid: 70_002,
+    });
+    let mut vm = spec.boot().unwrap();
+    let mut watcher = Channel::new(vm.connect());
+    watcher.send(&Request::Watch, &[]).unwrap();
+    watcher.recv::<Reply>().unwrap();
+    assert_eq!(watcher.recv::<Event>().unwrap().message, Event::AgentReady);
+    assert!(vm.status().agent_ready);
+    assert!(matches!(vm.ask(&Request::Shutdown), Reply::Done));
+    let end = watcher.recv::<Event>().unwrap().message;
+    assert_eq!(
+        end,
+        Event::Exited(ExitReason::PoweredOff),
+        "{}",
+        vm.console()
+    );
+    assert_eq!(vm.wait().code(), Some(0));
 }
 
 #[test]
