@@ -2,7 +2,7 @@
 //!
 //! As PID 1 it boots the guest and serves on vsock. With `--listen unix:PATH --stream-listen unix:PATH` it serves
 //! the same on unix sockets, without touching the system before it is asked to. The engine and the sandbox start
-//! the binary again for processes of their own: as `caisson-init`, and with the argument `pause`.
+//! the binary again for processes of their own; what they are to be is their first argument.
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -16,9 +16,6 @@ use caisson_agent::{boot, engine, error, info};
 use tokio::signal::unix::{SignalKind, signal};
 
 const USAGE: &str = "usage: caisson-agent --listen unix:PATH --stream-listen unix:PATH\n       (or no arguments, as PID 1 of a guest)";
-
-/// The name under which the engine starts the binary again.
-const ENGINE: &str = "caisson-init";
 
 /// Threads for what blocks: containers being made, and statistics being read.
 const BLOCKING_THREADS: usize = 64;
@@ -34,7 +31,7 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args_os()
         .map(|argument| argument.to_string_lossy().into_owned())
         .collect();
-    if arguments.first().is_some_and(|name| name == ENGINE) {
+    if arguments.get(1).is_some_and(|first| first == engine::INIT) {
         engine::init_main();
     }
     if arguments.get(1).is_some_and(|first| first == pidns::PAUSE) {

@@ -115,7 +115,7 @@ async fn half_close_of_standard_input_reaches_the_process() {
     // must-test: exec with standard input hangs
     let (reader, writer) = pipe();
     let processes = one(Kind::Stdin, writer);
-    let consumer = std::thread::spawn(move || {
+    let consumer = tokio::task::spawn_blocking(move || {
         let mut got = Vec::new();
         File::from(reader).read_to_end(&mut got).unwrap();
         got
@@ -126,7 +126,7 @@ async fn half_close_of_standard_input_reaches_the_process() {
     let data = vec![b'x'; 3 << 20];
     client.write_all(&data).await.unwrap();
     client.shutdown().await.unwrap();
-    let got = consumer.join().unwrap();
+    let got = consumer.await.unwrap();
     assert_eq!(&got[..6], b"first ");
     assert_eq!(got.len(), 6 + data.len());
     // The agent ends its side as well.
