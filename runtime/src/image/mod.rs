@@ -20,6 +20,8 @@ mod pull;
 mod reference;
 mod source;
 mod store;
+#[cfg(test)]
+mod testing;
 
 pub use config::ImageConfig;
 pub use digest::{DiffId, Digest};

@@ -353,6 +353,3 @@ impl Drop for Pins<'_> {
         }
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -19,9 +19,6 @@ mod format;
 pub(crate) mod image;
 pub(crate) mod tree;
 
-#[cfg(test)]
-mod tests;
-
 /// Bytes of a block.
 pub(crate) const BLOCK: u64 = 4096;
 /// Files up to this size are kept with their inode; larger ones get blocks of their own.

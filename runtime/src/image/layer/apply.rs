@@ -71,13 +71,14 @@ impl Applier {
                 _ => Err(self.corrupt(entry, "it would replace the root directory")),
             };
         };
+        // Bookkeeping of aufs, which is not content.
+        let aufs = |part: &&[u8]| part.starts_with(b".wh..wh.");
+        if parents.iter().any(aufs) || aufs(name) && *name != OPAQUE {
+            return Ok(Prepared::Done);
+        }
         if *name == OPAQUE {
             let directory = self.directory(entry, parents)?;
             self.opaque(directory);
-            return Ok(Prepared::Done);
-        }
-        if name.starts_with(b".wh..wh.") {
-            // Bookkeeping of aufs, which is not content.
             return Ok(Prepared::Done);
         }
         let parent = self.directory(entry, parents)?;

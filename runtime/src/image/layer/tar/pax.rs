@@ -172,7 +172,7 @@ mod tests {
     #[test]
     fn records() {
         let pax =
-            read(b"12 path=a/b\n15 size=12345\n16 mtime=-1.25\n25 SCHILY.xattr.user.x=\0\n\n")
+            read(b"12 path=a/b\n14 size=12345\n15 mtime=-1.25\n26 SCHILY.xattr.user.x=\0\n\n")
                 .unwrap();
         assert_eq!(pax.path.unwrap(), b"a/b");
         assert_eq!(pax.size, Some(12345));
@@ -185,7 +185,7 @@ mod tests {
         for bad in [
             &b"path=a\n"[..],
             b"999 path=a\n",
-            b"9 path=a\n",
+            b"8 path=a\n",
             b"3 \n",
             b"0 \n",
             b"10 path=a\0",
