@@ -5,27 +5,19 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
-
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 
 use super::cgroup::{Cgroup, Stats};
 use super::channel::{Channel, Message};
 use super::error::EngineError;
 use super::launch::{Launched, launch};
 use super::plan::{Create, Exec, Plan, State};
+use super::prepare::{PREPARE_TIME, Prepared, receive, run_hooks, start};
 use super::rootfs::{self, Mounted, RootFs};
 use super::seccomp::{self, Filter};
 use super::spec::{
     Hook, Hooks, IdMapping, Linux, LinuxResources, NamespaceKind, Personality, Process, Spec,
 };
 use super::{Stdio, paths, sys};
-
-/// How long a process may take to prepare itself; hooks have their own time.
-const PREPARE_TIME: Duration = Duration::from_secs(120);
-/// How long all hooks of one point may take that have no time of their own.
-const HOOKS_TIME: Duration = Duration::from_secs(600);
 
 /// A container: its first process, control group, root file system and what its other processes share.
 ///
@@ -136,7 +128,7 @@ impl Container {
                 state: state.clone(),
             }));
             let group = cgroup.open()?;
-            let process = Launched::start(&plan, stdio, &group, rootfs::borrow(&ids))?;
+            let process = Prepared::start(&plan, stdio, &group, rootfs::borrow(&ids))?;
             let state = State {
                 pid: Some(process.pid),
                 ..state.clone()
@@ -217,7 +209,7 @@ impl Container {
             return Err(self.in_state("is not running"));
         }
         let group = self.current_cgroup()?;
-        let process = Launched::start(&plan, &stdio, &group, Some(self.pidfd.as_fd()))?;
+        let process = Prepared::start(&plan, &stdio, &group, Some(self.pidfd.as_fd()))?;
         let run = || {
             let terminal = process.prepare(&[])?;
             start(&process.channel, &[], || self.in_state("is not running"))?;
@@ -358,8 +350,8 @@ impl Container {
     /// If processes hang in the kernel, a directory stays, or a poststop hook fails; everything that could be
     /// removed is removed.
     pub fn destroy(&self) -> Result<(), EngineError> {
-        drop(lock(&self.waiting).take());
         self.cgroup.remove()?;
+        drop(lock(&self.waiting).take());
         // Unmounts.
         drop(lock(&self.rootfs).take());
         let directory = paths::get().container(&self.id);
@@ -463,108 +455,6 @@ fn delegate(cgroup: &Cgroup, linux: &Linux) -> Result<(), EngineError> {
             .map_err(|error| EngineError::system(format!("give away {}", path.display()), error))?;
     }
     Ok(())
-}
-
-/// A process that exists and waits to be told to go on.
-struct Prepared {
-    pid: i32,
-    pidfd: OwnedFd,
-    channel: Channel,
-}
-
-impl Launched {
-    /// Starts a container's process in a group, up to its being there.
-    fn start(
-        plan: &Plan,
-        stdio: &Stdio,
-        cgroup: &File,
-        target: Option<std::os::fd::BorrowedFd<'_>>,
-    ) -> Result<Prepared, EngineError> {
-        let Self { channel, .. } = launch(plan, stdio, Some(cgroup.as_fd()), target)?;
-        match receive(&channel, PREPARE_TIME)? {
-            Message::Created { pid, pidfd } => Ok(Prepared {
-                pid,
-                pidfd,
-                channel,
-            }),
-            _ => Err(EngineError::Init("no process was made".to_owned())),
-        }
-    }
-}
-
-impl Prepared {
-    /// Lets the process set itself up; hands back its terminal.
-    fn prepare(&self, hooks: &[Hook]) -> Result<Option<OwnedFd>, EngineError> {
-        let gone = |error| EngineError::system("talk to a container's process", error);
-        self.channel.send(&Message::Continue).map_err(gone)?;
-        match receive(&self.channel, PREPARE_TIME + hooks_time(hooks))? {
-            Message::Ready(terminal) => Ok(terminal),
-            _ => Err(EngineError::Init(
-                "the process spoke out of turn".to_owned(),
-            )),
-        }
-    }
-}
-
-/// Receives a message; a failure and the end of the stream are errors.
-fn receive(channel: &Channel, time: Duration) -> Result<Message, EngineError> {
-    match channel.receive(Some(Instant::now() + time)) {
-        Ok(Some(Message::Failed(reason))) => Err(EngineError::Init(reason)),
-        Ok(Some(message)) => Ok(message),
-        Ok(None) => Err(EngineError::Init(
-            "the container's process ended while it was prepared (was it killed, or out of memory?)"
-                .to_owned(),
-        )),
-        Err(error) => Err(EngineError::system(
-            "hear from a container's process",
-            error,
-        )),
-    }
-}
-
-/// Lets a prepared process execute; the end of the stream means that it has.
-fn start(
-    channel: &Channel,
-    hooks: &[Hook],
-    ended: impl Fn() -> EngineError,
-) -> Result<(), EngineError> {
-    channel.send(&Message::Start).map_err(|_| ended())?;
-    let deadline = Instant::now() + PREPARE_TIME + hooks_time(hooks);
-    match channel.receive(Some(deadline)) {
-        Ok(None) => Ok(()),
-        Ok(Some(Message::Failed(reason))) => Err(EngineError::Init(reason)),
-        Ok(Some(_)) => Err(EngineError::Init(
-            "the process spoke out of turn".to_owned(),
-        )),
-        Err(error) => Err(EngineError::system("start a container's process", error)),
-    }
-}
-
-/// How long the hooks may take altogether.
-fn hooks_time(hooks: &[Hook]) -> Duration {
-    hooks
-        .iter()
-        .map(|hook| {
-            hook.timeout.map_or(HOOKS_TIME, |seconds| {
-                Duration::from_secs(seconds.into()).min(HOOKS_TIME)
-            })
-        })
-        .sum()
-}
-
-/// Runs hooks in the agent's namespaces, from a process of their own: the agent waits for all of its children, and a
-/// hook's status would be lost there.
-fn run_hooks(hooks: &[Hook], state: &State) -> Result<(), EngineError> {
-    if hooks.is_empty() {
-        return Ok(());
-    }
-    let plan = Plan::Hooks(hooks.to_vec(), state.clone());
-    let launched = launch(&plan, &Stdio::default(), None, None)?;
-    let result = receive(&launched.channel, PREPARE_TIME + hooks_time(hooks));
-    if result.is_err() {
-        let _ = kill(Pid::from_raw(launched.pid), Signal::SIGKILL);
-    }
-    result.map(drop)
 }
 
 #[cfg(test)]

@@ -19,6 +19,7 @@ mod init;
 mod launch;
 pub mod paths;
 mod plan;
+mod prepare;
 mod rootfs;
 mod seccomp;
 pub mod spec;

@@ -111,7 +111,7 @@ fn a_long_profile_keeps_its_jumps_and_both_architectures() {
     assert!(filter.instructions.len() > 600);
     for line in X86_64.lines() {
         let number: u32 = line.split_once(' ').unwrap().0.parse().unwrap();
-        let expected = if number % 2 == 0 {
+        let expected = if number.is_multiple_of(2) {
             ALLOW
         } else if number > 468 {
             ENOSYS
