@@ -28,8 +28,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::boot::Running;
 use crate::logs::{LogManager, NewLog};
 
-/// The most connections at a time.
-const MAX_CONNECTIONS: usize = 16;
+/// The most connections at a time. A daemon uses one for each request that it has under way.
+const MAX_CONNECTIONS: usize = 64;
 /// How long the end of the machine waits until the containers' output is written.
 const LAST_OUTPUT: Duration = Duration::from_secs(5);
 /// How long a guest may take to accept the request to power off.

@@ -20,7 +20,7 @@ use caisson_vmm_protocol::{
 use tempfile::TempDir;
 
 /// How long a guest may take for what a test waits for; the lab is an emulated machine.
-pub const LIMIT: Duration = Duration::from_secs(60);
+pub const LIMIT: Duration = Duration::from_secs(180);
 
 /// The binary under test.
 pub fn binary() -> PathBuf {
