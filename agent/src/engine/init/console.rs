@@ -37,7 +37,6 @@ pub(super) fn open(tree: &Tree, process: &Process) -> Result<Terminal, Step> {
         if let Some(size) = process.console_size {
             sys::set_terminal_size(master.as_fd(), size.height, size.width)?;
         }
-        fchown(&slave, Some(Uid::from_raw(process.user.uid)), None)?;
         Ok(Terminal { master, slave })
     };
     opened().during(|| {
@@ -46,6 +45,12 @@ pub(super) fn open(tree: &Tree, process: &Process) -> Result<Terminal, Step> {
 }
 
 impl Terminal {
+    /// Makes the process's end the user's own.
+    pub fn give_to(&self, uid: u32) -> Result<(), Step> {
+        fchown(&self.slave, Some(Uid::from_raw(uid)), None)
+            .during(|| format!("give the terminal to user {uid}"))
+    }
+
     /// Shows the process's end as `/dev/console`.
     pub fn show_as_console(&self, tree: &Tree) -> Result<(), Step> {
         let show = || -> io::Result<()> {

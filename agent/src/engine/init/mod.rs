@@ -19,6 +19,7 @@ mod resolve;
 mod root;
 mod stage;
 pub(crate) mod sysctl;
+mod user;
 
 use std::fs::File;
 use std::io;

@@ -2,9 +2,9 @@
 
 use std::convert::Infallible;
 use std::ffi::CString;
-use std::fs::{self, File};
-use std::io::{self, Read};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::fs;
+use std::io;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
 use nix::sys::stat::{Mode, fstat, umask};
@@ -12,7 +12,7 @@ use nix::unistd::{Gid, Uid, fchown, setgroups, setresgid, setresuid};
 
 use super::capabilities::{self, Sets};
 use super::console::Terminal;
-use super::{During, Step, hooks, stage};
+use super::{During, Step, hooks, stage, user};
 use crate::engine::channel::{Channel, Message};
 use crate::engine::plan::State;
 use crate::engine::seccomp::{self, Filter};
@@ -42,9 +42,17 @@ pub(super) fn execute(
     process: &Process,
     ending: Ending<'_>,
 ) -> Result<Infallible, Step> {
+    let process = &Process {
+        user: user::resolve(&process.user, Path::new("/"))
+            .map_err(|why| Step::other("find process.user.username", why))?,
+        ..process.clone()
+    };
     let user = &process.user;
     match &ending.terminal {
-        Some(terminal) => terminal.take()?,
+        Some(terminal) => {
+            terminal.give_to(user.uid)?;
+            terminal.take()?;
+        }
         None => own_streams(user.uid),
     }
     if let Some(wanted) = ending.personality {
@@ -214,19 +222,7 @@ fn home(uid: u32) -> String {
 }
 
 fn passwd_home(file: &Path, uid: u32) -> Option<String> {
-    const MAX: u64 = 1 << 20;
-    // Not blocking: an image could have a pipe there.
-    let file = File::options()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(file)
-        .ok()?;
-    if !file.metadata().ok()?.is_file() {
-        return None;
-    }
-    let mut bytes = Vec::new();
-    file.take(MAX).read_to_end(&mut bytes).ok()?;
-    String::from_utf8_lossy(&bytes).lines().find_map(|line| {
+    user::read(file).lines().find_map(|line| {
         let fields: Vec<_> = line.split(':').collect();
         let home = fields.get(5)?;
         (fields.get(2)?.parse() == Ok(uid) && home.starts_with('/')).then(|| (*home).to_owned())

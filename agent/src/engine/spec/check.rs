@@ -297,7 +297,6 @@ pub(super) fn process(process: &Process) -> Result<(), SpecError> {
         (process.selinux_label, "process.selinuxLabel"),
         (process.io_priority, "process.ioPriority"),
         (process.exec_cpu_affinity, "process.execCPUAffinity"),
-        (process.user.username, "process.user.username"),
     ])?;
     match process.args.first() {
         Some(program) if !program.is_empty() => {}
@@ -355,6 +354,13 @@ pub(super) fn process(process: &Process) -> Result<(), SpecError> {
         return Err(SpecError::invalid(
             "process.oomScoreAdj",
             "is not between -1000 and 1000",
+        ));
+    }
+    no_nul(&process.user.username, || "process.user.username".into())?;
+    if process.user.username.len() > 256 {
+        return Err(SpecError::invalid(
+            "process.user.username",
+            "is longer than 256 bytes",
         ));
     }
     if process.user.umask.is_some_and(|mask| mask > 0o777) {

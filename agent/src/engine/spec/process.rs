@@ -65,8 +65,9 @@ pub struct User {
     pub umask: Option<u32>,
     /// Supplementary groups.
     pub additional_gids: Vec<u32>,
-    /// Not supported: Windows.
-    pub username: Unsupported,
+    /// `user[:group]`, each a name or a number, to be looked up in the container's own files; it takes the place of
+    /// `uid` and `gid`. The host cannot look into an image's files, so it hands over what the image says.
+    pub username: String,
 }
 
 /// Capability sets by name, such as `CAP_CHOWN`.

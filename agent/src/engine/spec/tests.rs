@@ -60,7 +60,6 @@ fn an_unsupported_field_is_named_by_its_path() {
         ("process.selinuxLabel", r#""x""#),
         ("process.scheduler", r#"{"policy":"SCHED_FIFO"}"#),
         ("process.ioPriority", r#"{"class":"IOPRIO_CLASS_BE"}"#),
-        ("process.user.username", r#""x""#),
     ] {
         let error = with(path, value).unwrap_err().to_string();
         assert!(error.contains(path), "{path}: {error}");
