@@ -142,6 +142,7 @@ fn start_log(config: &Config) -> Result<(), DaemonError> {
     // Another log that is already there, as in a test, is as good.
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_writer(std::io::stderr)
         .try_init();
     Ok(())
