@@ -167,8 +167,8 @@ impl Container {
     /// Lets the container's process execute its program.
     ///
     /// # Errors
-    /// If it cannot be executed, or was started before. A poststart hook that fails is reported on standard
-    /// error, as the specification has it, and the container goes on.
+    /// If it cannot be executed, or was started before. A poststart hook that fails is logged, as the
+    /// specification has it, and the container goes on.
     pub fn start(&self) -> Result<(), EngineError> {
         let Some(channel) = lock(&self.waiting).take() else {
             return Err(self.in_state("was started before"));
@@ -182,7 +182,7 @@ impl Container {
             ..self.state.clone()
         };
         if let Err(error) = run_hooks(&hooks.poststart, &running) {
-            eprintln!("container {}: {error}", self.id);
+            crate::warn!("container {}: {error}", self.id);
         }
         Ok(())
     }
