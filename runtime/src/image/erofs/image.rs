@@ -194,7 +194,7 @@ fn place(tree: &Tree) -> io::Result<(Vec<Placed>, HashMap<NodeId, u64>)> {
 }
 
 /// The names of a directory in the order in which the kernel searches them, `.` and `..` among them.
-fn sorted<'a>(children: &'a BTreeMap<Box<[u8]>, NodeId>) -> Vec<&'a [u8]> {
+fn sorted(children: &BTreeMap<Box<[u8]>, NodeId>) -> Vec<&[u8]> {
     let mut names: Vec<&[u8]> = children.keys().map(|name| &**name).collect();
     names.extend([&b"."[..], b".."]);
     names.sort_unstable();

@@ -103,7 +103,7 @@ async fn names() {
     load(&images, &one, "app:v1").await;
     let found = load(&images, &two, "app:v2").await;
     let digest = format!("docker.io/library/app@{}", Digest::of(&two.manifest));
-    assert_eq!(found.repo_digests, [digest.clone()]);
+    assert_eq!(found.repo_digests.as_slice(), std::slice::from_ref(&digest));
     for name in [
         "app:v2",
         "docker.io/library/app:v2",
@@ -368,7 +368,8 @@ async fn one_layer_is_made_once_for_all_who_want_it() {
 async fn a_dropped_load_leaves_nothing() {
     let root = tempfile::tempdir().unwrap();
     let images = open(root.path());
-    let made = TestImage::new(vec![Tar::default().file("zeros", &vec![0; 64 << 20]).end()]);
+    let tars = vec![Tar::default().file("zeros", &vec![0; 16 << 20]).end()];
+    let made = TestImage::with(tars.clone(), tars, "application/vnd.oci.image.layer.v1.tar");
     let layout = root.path().join("layout");
     made.layout(&layout, "x");
     let load = images.load(&layout, Some("x"), |_| {});

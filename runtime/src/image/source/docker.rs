@@ -9,6 +9,9 @@ use crate::image::error::ImageError;
 use crate::image::layer::LayerSpec;
 use crate::image::reference::Reference;
 
+/// An image of an archive, with its names.
+type Named = (Found, Vec<Reference>);
+
 /// Most images in an archive.
 const MAX_IMAGES: usize = 1000;
 
@@ -23,9 +26,7 @@ struct Item {
 }
 
 /// The images of the archive with their names; `None` if it is not one of `docker save`.
-pub(in crate::image) fn docker_images(
-    files: &Files,
-) -> Result<Option<Vec<(Found, Vec<Reference>)>>, ImageError> {
+pub(in crate::image) fn docker_images(files: &Files) -> Result<Option<Vec<Named>>, ImageError> {
     // Of a directory, manifest.json could name any file of the host.
     let Files::Archive(_) = files else {
         return Ok(None);
@@ -56,7 +57,7 @@ pub(in crate::image) fn docker_images(
         .map(Some)
 }
 
-fn image(files: &Files, what: &str, item: Item) -> Result<(Found, Vec<Reference>), ImageError> {
+fn image(files: &Files, what: &str, item: Item) -> Result<Named, ImageError> {
     let layers = item.layers.unwrap_or_default();
     if layers.len() > MAX_LAYERS {
         return Err(ImageError::too_large(

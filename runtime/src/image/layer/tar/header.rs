@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::malformed;
+use super::{SparseMap, malformed};
 
 pub(super) const BLOCK: usize = 512;
 
@@ -94,7 +94,7 @@ impl<'a> Header<'a> {
     }
 
     /// The first entries of an old GNU sparse map, whether more follow, and the file's real size.
-    pub(super) fn gnu_sparse(&self) -> io::Result<(Vec<(u64, u64)>, bool, u64)> {
+    pub(super) fn gnu_sparse(&self) -> io::Result<(SparseMap, bool, u64)> {
         if !self.is_gnu() {
             return Err(malformed("a sparse file has no GNU header"));
         }

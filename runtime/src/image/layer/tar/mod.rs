@@ -16,6 +16,9 @@ const MAX_NAME: u64 = 64 << 10;
 /// Longest PAX header, in bytes. It can hold extended attributes.
 const MAX_PAX: u64 = 1 << 20;
 
+/// Where the stored data of a sparse file goes: offsets and lengths, in order.
+pub(crate) type SparseMap = Vec<(u64, u64)>;
+
 /// What an entry makes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum EntryKind {
@@ -47,7 +50,7 @@ pub(crate) struct Entry {
     pub mtime: (i64, u32),
     pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
     /// Of a sparse file: where its stored data goes (offset, length), in order, within the file's size.
-    pub sparse: Option<Vec<(u64, u64)>>,
+    pub sparse: Option<SparseMap>,
 }
 
 /// A source that can pass over data without reading it, if it is a file.
@@ -295,7 +298,7 @@ impl<R: TarSource> TarReader<R> {
     }
 
     /// The old GNU form: the map is in the header, and in blocks after it.
-    fn gnu_sparse(&mut self, header: &Header<'_>) -> io::Result<(u64, Vec<(u64, u64)>)> {
+    fn gnu_sparse(&mut self, header: &Header<'_>) -> io::Result<(u64, SparseMap)> {
         let (mut map, mut more, size) = header.gnu_sparse()?;
         while more {
             let mut block = [0; BLOCK];
@@ -310,7 +313,7 @@ impl<R: TarSource> TarReader<R> {
     }
 
     /// The PAX forms 0.0 and 0.1 (map in the header) and 1.0 (map before the data).
-    fn pax_sparse(&mut self, keys: &pax::SparseKeys) -> io::Result<Option<(u64, Vec<(u64, u64)>)>> {
+    fn pax_sparse(&mut self, keys: &pax::SparseKeys) -> io::Result<Option<(u64, SparseMap)>> {
         let numbers = match (keys.major, keys.minor, &keys.map) {
             (None, None, None) => return Ok(None),
             (Some(1), Some(0), _) => self.map_before_data()?,
@@ -320,7 +323,7 @@ impl<R: TarSource> TarReader<R> {
         let size = keys
             .real_size
             .ok_or_else(|| malformed("a sparse file lacks its real size"))?;
-        if numbers.len() % 2 != 0 {
+        if !numbers.len().is_multiple_of(2) {
             return Err(malformed("a sparse map has an odd number of values"));
         }
         let map = numbers
@@ -368,7 +371,7 @@ impl<R: TarSource> TarReader<R> {
     }
 
     /// The map must be in order, inside the file, and as long as the data that follows.
-    fn check_map(&self, size: u64, map: Vec<(u64, u64)>) -> io::Result<(u64, Vec<(u64, u64)>)> {
+    fn check_map(&self, size: u64, map: SparseMap) -> io::Result<(u64, SparseMap)> {
         let (mut end, mut stored) = (0u64, 0u64);
         for (offset, length) in &map {
             let next = offset

@@ -102,7 +102,7 @@ impl Pax {
             b"GNU.sparse.offset" | b"GNU.sparse.numbytes" => {
                 let map = self.sparse.map.get_or_insert_default();
                 // Offset and length take turns, and begin with an offset.
-                if (map.len() % 2 == 0) != (key == b"GNU.sparse.offset") {
+                if map.len().is_multiple_of(2) != (key == b"GNU.sparse.offset") {
                     return Err(malformed("a PAX sparse map is out of order"));
                 }
                 map.push(decimal(value)?);

@@ -188,7 +188,7 @@ impl Session {
                 request = request.header(AUTHORIZATION, header);
             }
             let response = match tokio::time::timeout(self.0.stall, request.send()).await {
-                Err(_) => Err(self.stalled(what)),
+                Err(_) => return Err(self.stalled(what)),
                 Ok(Err(error)) if error.is_redirect() => return Err(self.failed(chain(&error))),
                 Ok(Err(error)) => Err(self.failed(chain(&error))),
                 Ok(Ok(response)) => {

@@ -101,11 +101,11 @@ async fn download(
             Err(error @ (ImageError::Registry { .. } | ImageError::Stalled { .. })) => error,
             Err(error) => return Err(error),
         };
-        failures = if offset - before >= MIN_RESUMED {
-            0
-        } else {
-            failures + 1
-        };
+        let moved = offset - before >= MIN_RESUMED;
+        if !moved && matches!(error, ImageError::Stalled { .. }) {
+            return Err(error);
+        }
+        failures = if moved { 0 } else { failures + 1 };
         if failures >= RESUMES || sender.is_closed() {
             return Err(error);
         }
