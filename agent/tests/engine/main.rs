@@ -26,7 +26,11 @@ fn main() -> ExitCode {
         println!("skipped: the engine's tests on a real kernel: {missing}");
         return ExitCode::SUCCESS;
     }
-    let wanted = std::env::args().nth(1).unwrap_or_default();
+    // As with cargo's own harness: a part of a name. Its options have no meaning here.
+    let wanted = std::env::args()
+        .skip(1)
+        .find(|argument| !argument.starts_with("--"))
+        .unwrap_or_default();
     let tests = [
         life::TESTS,
         files::TESTS,
@@ -34,7 +38,7 @@ fn main() -> ExitCode {
         failures::TESTS,
     ]
     .concat();
-    let mut failed = 0;
+    let (mut passed, mut failed) = (0, 0);
     for (name, test) in tests.iter().filter(|(name, _)| name.contains(&wanted)) {
         let begin = Instant::now();
         let before = support::traces();
@@ -50,8 +54,13 @@ fn main() -> ExitCode {
             "test {name} ... {verdict} ({} ms)",
             begin.elapsed().as_millis()
         );
+        passed += usize::from(result.is_ok());
         failed += usize::from(result.is_err());
     }
-    println!("{} tests, {failed} failed", tests.len());
+    println!(
+        "test result: {}. {passed} passed; {failed} failed; {} filtered out",
+        if failed == 0 { "ok" } else { "FAILED" },
+        tests.len() - passed - failed
+    );
     ExitCode::from(u8::from(failed > 0))
 }
