@@ -321,7 +321,7 @@ fn make_layer(
     watch: &Watch,
 ) -> Result<(), ImageError> {
     let blob = source.open(location)?;
-    let partial = shared.store.partial()?;
+    let partial = shared.store.partial_layer()?;
     let spool = shared.store.scratch()?;
     layer::convert(
         spec,

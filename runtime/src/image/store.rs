@@ -14,7 +14,7 @@
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -136,6 +136,17 @@ impl Store {
         let tmp = self.root.join("tmp");
         tempfile::tempfile_in(&tmp)
             .map_err(|error| ImageError::disk("create a file in", &tmp, error))
+    }
+
+    /// A file for a layer. Anybody may read it, as the pod processes have users of their own; that only those get to
+    /// it that are shown it is the store's directory's part, which only root may enter.
+    pub(super) fn partial_layer(&self) -> Result<Partial, ImageError> {
+        let partial = self.partial()?;
+        partial
+            .file
+            .set_permissions(fs::Permissions::from_mode(0o444))
+            .map_err(|error| ImageError::disk("set the mode of", &partial.path, error))?;
+        Ok(partial)
     }
 
     /// Gives a complete, synced layer its name.

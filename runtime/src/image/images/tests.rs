@@ -1,4 +1,5 @@
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -85,6 +86,8 @@ async fn layout_archive_and_docker_archive_give_the_same_image() {
     );
     assert!(image.size > 8192);
     for (path, name) in images.layer_paths(&image).iter().zip(["one", "two"]) {
+        let mode = fs::metadata(path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o444, "pod processes are not root");
         if let Some(mounted) = Mounted::new(path) {
             assert_eq!(fs::read_to_string(mounted.path(name)).unwrap(), name);
         }
