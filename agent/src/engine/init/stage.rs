@@ -86,9 +86,16 @@ pub(super) fn exec(
         .namespaces
         .iter()
         .fold(CloneFlags::empty(), |all, kind| all | flag(*kind));
-    setns(init, all).during(|| "join the container's namespaces".into())?;
+    // A process may not leave its control group for another once either is out of its control group namespace's
+    // sight, so that namespace is joined from inside the container's group.
+    let cgroup_namespace = all & CloneFlags::CLONE_NEWCGROUP;
+    setns(init, all - cgroup_namespace).during(|| "join the container's namespaces".into())?;
     let user = plan.namespaces.contains(&NamespaceKind::User);
     split(channel, CloneFlags::empty(), cgroup, || {
+        if !cgroup_namespace.is_empty() {
+            setns(init, cgroup_namespace)
+                .during(|| "join the container's control group namespace".into())?;
+        }
         container::join(channel, &plan, user)
     })
 }
