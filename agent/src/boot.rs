@@ -16,7 +16,7 @@ use nix::unistd::{chdir, chroot};
 use thiserror::Error;
 
 use crate::log::{self, Level};
-use crate::{paths, warn};
+use crate::{debug, paths, warn};
 
 /// Why the guest could not be brought up.
 #[derive(Debug, Error)]
@@ -148,7 +148,10 @@ fn make_directory(path: &str) -> Result<(), BootError> {
 fn attach(kind: &str, path: &str, flags: MsFlags, options: Option<&str>) -> Result<(), BootError> {
     step(mount(Some(kind), path, Some(kind), flags, options), || {
         format!("mount {kind} on {path}")
-    })
+    })?;
+    // With the times that the lines carry, these show where a boot spends its time.
+    debug!("mounted {path}");
+    Ok(())
 }
 
 /// Reads `caisson.log=` from the kernel's command line. The kernel's own messages are kept to warnings, unless

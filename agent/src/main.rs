@@ -58,7 +58,12 @@ fn main() -> ExitCode {
         .thread_stack_size(1 << 20)
         .build();
     match runtime {
-        Ok(runtime) => finish(runtime.block_on(run(mode, started))),
+        Ok(runtime) => {
+            let result = runtime.block_on(run(mode, started));
+            // A thread that hangs in the kernel is no reason to stay.
+            runtime.shutdown_background();
+            finish(result)
+        }
         Err(error) => finish(Err(error)),
     }
 }

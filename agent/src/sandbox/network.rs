@@ -2,6 +2,7 @@
 
 use std::io;
 
+use nix::ifaddrs::getifaddrs;
 use nix::net::if_::if_nametoindex;
 
 use super::netlink::Netlink;
@@ -67,18 +68,21 @@ pub fn configure(interfaces: &[Interface], routes: &[Route]) -> Result<(), Sandb
 
 /// The name of the device with this MAC.
 fn find(mac: &[u8; 6]) -> io::Result<String> {
-    let wanted = mac.map(|byte| format!("{byte:02x}")).join(":");
-    for entry in std::fs::read_dir("/sys/class/net")? {
-        let entry = entry?;
-        let address = std::fs::read_to_string(entry.path().join("address")).unwrap_or_default();
-        if address.trim_end() == wanted {
-            return Ok(entry.file_name().to_string_lossy().into_owned());
-        }
-    }
-    Err(io::Error::new(
-        io::ErrorKind::NotFound,
-        format!("no network device has the MAC {wanted}"),
-    ))
+    // Not from sysfs, which shows the network namespace it was mounted in.
+    let device = getifaddrs()?.find(|entry| {
+        let link = entry
+            .address
+            .as_ref()
+            .and_then(|address| address.as_link_addr());
+        link.and_then(|link| link.addr()).as_ref() == Some(mac)
+    });
+    device.map(|device| device.interface_name).ok_or_else(|| {
+        let text = mac.map(|byte| format!("{byte:02x}")).join(":");
+        io::Error::new(
+            io::ErrorKind::NotFound,
+            format!("no network device has the MAC {text}"),
+        )
+    })
 }
 
 fn index_of(name: &str) -> Result<u32, SandboxError> {

@@ -3,6 +3,7 @@
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use caisson_proto::agent::agent_client::AgentClient;
@@ -38,6 +39,8 @@ pub fn missing() -> Option<String> {
 pub struct Agent {
     process: Child,
     directory: TempDir,
+    /// Containers that were asked for: what the end has to clear away.
+    ids: Mutex<Vec<String>>,
     /// Its gRPC client.
     pub client: AgentClient<Channel>,
 }
@@ -78,6 +81,7 @@ impl Agent {
         Self {
             process,
             directory,
+            ids: Mutex::default(),
             client,
         }
     }
@@ -100,6 +104,7 @@ impl Agent {
 
     /// A request for a container.
     pub fn request(&self, id: &str, spec: &Value) -> CreateContainerRequest {
+        self.ids.lock().unwrap().push(id.into());
         CreateContainerRequest {
             container_id: id.into(),
             spec_json: spec.to_string().into_bytes(),
@@ -191,6 +196,40 @@ impl Agent {
         text
     }
 
+    /// The agent's own process, in the PID namespace of the test.
+    pub fn pid(&self) -> String {
+        let unshare = self.process.id();
+        let children = std::fs::read_to_string(format!("/proc/{unshare}/task/{unshare}/children"));
+        children.unwrap().trim().to_owned()
+    }
+
+    /// Runs a command in the agent's network, and gives its output.
+    pub fn in_network(&self, arguments: &[&str]) -> String {
+        let output = Command::new("nsenter")
+            .args(["-t", &self.pid(), "-n"])
+            .args(arguments)
+            .output()
+            .unwrap();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{arguments:?}: {error}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Runs a command where the agent sees its mounts.
+    pub fn in_mounts(&self, arguments: &[&str]) {
+        let status = Command::new("nsenter")
+            .args(["-t", &self.pid(), "-m"])
+            .args(arguments)
+            .status()
+            .unwrap();
+        assert!(status.success(), "{arguments:?}");
+    }
+
+    /// A path in the test's own directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
     /// Waits until the agent's process has ended.
     pub fn ended(&mut self) -> bool {
         let deadline = Instant::now() + Duration::from_secs(20);
@@ -208,6 +247,24 @@ impl Drop for Agent {
     fn drop(&mut self) {
         let _ = self.process.kill();
         let _ = self.process.wait();
+        // The agent was killed in the midst of its work; only its cgroups outlive its namespaces.
+        for id in self
+            .ids
+            .lock()
+            .unwrap()
+            .drain(..)
+            .filter(|id| !id.contains('/'))
+        {
+            let cgroup = Path::new("/sys/fs/cgroup/caisson").join(id);
+            for _ in 0..100 {
+                match std::fs::remove_dir(&cgroup) {
+                    Err(error) if error.raw_os_error() == Some(nix::libc::EBUSY) => {
+                        std::thread::sleep(Duration::from_millis(20));
+                    }
+                    _ => break,
+                }
+            }
+        }
     }
 }
 

@@ -321,6 +321,132 @@ async fn statistics_states_and_limits() {
 }
 
 #[tokio::test]
+async fn a_reading_that_hangs_holds_up_nothing_else() {
+    require_containers!();
+    // must-test: one slow stats read holds a global lock and stalls the agent
+    let mut agent = Agent::ready().await;
+    agent.run("slow", &spec(&["sleep", "1000"])).await;
+    agent.run("quick", &spec(&["sleep", "1000"])).await;
+    // A FIFO over a file of the cgroup: whoever reads it waits until somebody opens it for writing.
+    let fifo = agent.path("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let file = "/sys/fs/cgroup/caisson/slow/memory.stat";
+    agent.in_mounts(&["mount", "--bind", fifo.to_str().unwrap(), file]);
+
+    let mut client = agent.client.clone();
+    let all = tokio::spawn(async move { client.stats(StatsRequest::default()).await });
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let quick = StatsRequest {
+        container_ids: vec!["quick".into()],
+    };
+    let mut client = agent.client.clone();
+    let answer = tokio::time::timeout(Duration::from_secs(2), client.stats(quick)).await;
+    let quick = answer.expect("it is not held up").unwrap().into_inner();
+    assert_eq!(quick.containers.len(), 1);
+    // The hanging container itself can be worked with as well.
+    agent.exec("slow", "e", process(&["echo", "works"])).await;
+    assert_eq!(agent.read("slow", "e", "stdout").await, "works\n");
+    let all = all.await.unwrap().unwrap().into_inner();
+    let ids: Vec<_> = all
+        .containers
+        .iter()
+        .map(|stats| stats.container_id.as_str())
+        .collect();
+    assert_eq!(ids, ["quick"]);
+
+    // The reading goes on; the removal of the cgroup takes the mount along.
+    drop(std::fs::File::options().write(true).open(&fifo).unwrap());
+    agent.remove("slow").await;
+    assert!(!std::path::Path::new("/sys/fs/cgroup/caisson/slow").exists());
+}
+
+#[tokio::test]
+async fn interfaces_get_their_names_addresses_and_routes() {
+    require_containers!();
+    let mut agent = Agent::start().await;
+    // The names are the wrong way round: they have to be swapped.
+    for (name, mac) in [("eth0", "02:00:00:00:00:02"), ("eth1", "02:00:00:00:00:01")] {
+        agent.in_network(&["ip", "link", "add", name, "address", mac, "type", "dummy"]);
+    }
+    let route = |destination: &str, gateway: &str, priority| Route {
+        destination: destination.into(),
+        gateway: gateway.into(),
+        device: "eth0".into(),
+        priority,
+        mtu: 0,
+    };
+    let request = SetupSandboxRequest {
+        interfaces: vec![
+            Interface {
+                mac: "02:00:00:00:00:01".into(),
+                name: "eth0".into(),
+                mtu: 1400,
+                addresses: vec!["10.9.0.2/24".into(), "fd09::2/64".into()],
+            },
+            Interface {
+                mac: "02:00:00:00:00:02".into(),
+                name: "eth1".into(),
+                ..Default::default()
+            },
+        ],
+        routes: vec![
+            route("10.10.0.0/16", "", 0),
+            route("0.0.0.0/0", "10.9.0.1", 50),
+            route("::/0", "fd09::1", 0),
+        ],
+        ..sandbox()
+    };
+    let mut missing = request.clone();
+    missing.interfaces[1].mac = "02:00:00:00:00:03".into();
+    agent.client.setup_sandbox(request).await.unwrap();
+    let link = agent.in_network(&["ip", "-o", "link", "show", "eth0"]);
+    assert!(
+        link.contains("mtu 1400") && link.contains("02:00:00:00:00:01"),
+        "{link}"
+    );
+    assert!(link.contains("UP"), "{link}");
+    let addresses = agent.in_network(&["ip", "-o", "address", "show", "eth0"]);
+    assert!(
+        addresses.contains("inet 10.9.0.2/24 brd 10.9.0.255"),
+        "{addresses}"
+    );
+    assert!(addresses.contains("inet6 fd09::2/64"), "{addresses}");
+    assert!(!addresses.contains("tentative"), "{addresses}");
+    let routes = agent.in_network(&["ip", "route"]);
+    assert!(
+        routes.contains("default via 10.9.0.1 dev eth0 metric 50"),
+        "{routes}"
+    );
+    assert!(
+        routes.contains("10.10.0.0/16 dev eth0 scope link"),
+        "{routes}"
+    );
+    let routes = agent.in_network(&["ip", "-6", "route"]);
+    assert!(routes.contains("default via fd09::1 dev eth0"), "{routes}");
+    let interfaces = agent
+        .client
+        .stats(StatsRequest::default())
+        .await
+        .unwrap()
+        .into_inner();
+    let names: Vec<_> = interfaces
+        .sandbox
+        .unwrap()
+        .interfaces
+        .into_iter()
+        .map(|i| i.name)
+        .collect();
+    assert_eq!(names.len(), 2, "{names:?}");
+
+    let mut other = Agent::start().await;
+    let error = other.client.setup_sandbox(missing).await.unwrap_err();
+    assert!(
+        error.message().contains("find the device of eth0"),
+        "{error}"
+    );
+}
+
+#[tokio::test]
 async fn bad_input_is_refused_with_the_reason() {
     require_containers!();
     let mut agent = Agent::start().await;
