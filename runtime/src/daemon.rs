@@ -38,7 +38,9 @@ const START_LIMIT: Duration = Duration::from_secs(60);
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
     /// Another daemon serves this socket.
-    #[error("another daemon already serves {0}; stop it, or set another socket in the configuration")]
+    #[error(
+        "another daemon already serves {0}; stop it, or set another socket in the configuration"
+    )]
     InUse(PathBuf),
     /// A directory, the socket or a signal handler cannot be set up.
     #[error("cannot {what} {path}: {cause}")]
@@ -230,8 +232,9 @@ fn bind(path: &Path) -> Result<UnixListener, DaemonError> {
 }
 
 fn stop_signal() -> Result<impl Future<Output = ()>, DaemonError> {
-    let handler =
-        |kind| signal(kind).map_err(|cause| setup("handle signals", Path::new("of the daemon"), cause));
+    let handler = |kind| {
+        signal(kind).map_err(|cause| setup("handle signals", Path::new("of the daemon"), cause))
+    };
     let mut terminate = handler(SignalKind::terminate())?;
     let mut interrupt = handler(SignalKind::interrupt())?;
     Ok(async move {

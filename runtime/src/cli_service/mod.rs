@@ -37,10 +37,12 @@ fn responses<T: Send + 'static>(receiver: mpsc::Receiver<Result<T, Status>>) -> 
 }
 
 /// The first message, which says what is wanted.
-async fn first(
-    requests: &mut Streaming<cli::StreamRequest>,
-) -> Result<cli::StreamStart, Status> {
-    match requests.message().await?.and_then(|request| request.message) {
+async fn first(requests: &mut Streaming<cli::StreamRequest>) -> Result<cli::StreamStart, Status> {
+    match requests
+        .message()
+        .await?
+        .and_then(|request| request.message)
+    {
         Some(Message::Start(start)) => Ok(start),
         _ => Err(CriError::invalid("the first message of the stream is not `start`").into()),
     }
@@ -90,10 +92,7 @@ impl Cli for Service {
         Ok(Response::new(responses(receiver)))
     }
 
-    async fn timings(
-        &self,
-        request: Request<cli::TimingsRequest>,
-    ) -> Answer<cli::TimingsResponse> {
+    async fn timings(&self, request: Request<cli::TimingsRequest>) -> Answer<cli::TimingsResponse> {
         let pod = self
             .context
             .registry
@@ -102,9 +101,8 @@ impl Cli for Service {
             .sandbox()
             .map(|sandbox| sandbox.timings().steps())
             .unwrap_or_default();
-        let micros = |duration: std::time::Duration| {
-            u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
-        };
+        let micros =
+            |duration: std::time::Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
         Ok(Response::new(cli::TimingsResponse {
             steps: steps
                 .into_iter()

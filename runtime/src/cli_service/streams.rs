@@ -10,8 +10,8 @@ use cli::stream_request::Message as Request;
 use cli::stream_response::Message as Response;
 use nix::fcntl::OFlag;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
-use tokio::net::unix::pipe::Receiver;
 use tokio::net::UnixStream;
+use tokio::net::unix::pipe::Receiver;
 use tokio::sync::mpsc;
 use tonic::{Status, Streaming};
 
@@ -86,7 +86,11 @@ pub async fn exec(
             async move { exec.resize(size.columns, size.rows).await }
         };
         let typing = tokio::spawn(feed(requests, input, resize));
-        let end = async { exec.wait().await.map(|status| (status.code, status.oom_killed)) };
+        let end = async {
+            exec.wait()
+                .await
+                .map(|status| (status.code, status.oom_killed))
+        };
         let gone = sender.clone();
         tokio::select! {
             () = pump(&sender, outputs, end) => {}
@@ -328,7 +332,8 @@ async fn send(sender: &Sender, message: Response) -> bool {
 
 /// A pipe: this side reads, the pod process writes.
 fn pipe() -> Result<(Receiver, OwnedFd), CriError> {
-    let fail = |error: &dyn std::fmt::Display| CriError::internal(format!("cannot make a pipe: {error}"));
+    let fail =
+        |error: &dyn std::fmt::Display| CriError::internal(format!("cannot make a pipe: {error}"));
     let (reader, writer) = nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(|e| fail(&e))?;
     let reader = Receiver::from_owned_fd(reader).map_err(|e| fail(&e))?;
     Ok((reader, writer))

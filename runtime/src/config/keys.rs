@@ -6,29 +6,121 @@ use super::Config;
 
 /// Table, key and what the key means, in the file's order.
 const KEYS: &[(&str, &str, &str)] = &[
-    ("", "root", "Durable state: images, records, the pods' writable layers."),
-    ("", "state", "Run-time state: sockets and mounts; on a tmpfs."),
-    ("", "socket", "The unix socket of CRI and of the `caisson` command (root only)."),
-    ("", "log_level", "What is logged: error, warn, info, debug, trace, or a filter such as \"info,caisson::image=debug\"."),
-    ("", "cgroup_parent", "The cgroup under which pods are accounted for when the client names none."),
-    ("", "allow_host", "Whether a handler may be of kind \"host\": a pod without a VM, for node agents with hostNetwork and the like."),
-    ("", "default_handler", "The handler of a pod that asks for none; one of the names in [handlers]."),
-    ("handlers", "microvm", "Runtime handler names (RuntimeClass) and their kind: \"microvm\" or \"host\"."),
-    ("microvm", "vmm", "The caisson-vmm program. Empty: beside the caisson executable, then in /usr/lib/caisson."),
-    ("microvm", "kernel", "The guest kernel (vmlinux or bzImage). Empty: searched as above."),
-    ("microvm", "initramfs", "The guest's initramfs (initramfs.cpio). Empty: searched as above."),
-    ("microvm", "vcpus", "Virtual CPUs of a pod without a CPU limit, 1 to 32."),
-    ("microvm", "memory_mib", "Memory in MiB of a pod without a memory limit, guest kernel included."),
-    ("microvm", "overhead_mib", "MiB added to a pod's memory limit for the guest kernel and the agent."),
-    ("microvm", "scratch_gib", "The most GiB that a pod's writable layers may hold on the host's disk."),
-    ("microvm", "uid", "The host user ID of the pod processes; not 0."),
-    ("microvm", "gid", "The host group ID of the pod processes; not 0."),
-    ("microvm", "kernel_cmdline_extra", "Words added to the guest's kernel command line."),
-    ("cni", "conf_dir", "CNI network configurations; the first file by name counts."),
-    ("cni", "bin_dirs", "Where CNI plugins are looked for, in order."),
-    ("images", "insecure_registries", "Registries (\"host:port\") spoken to in plain HTTP; localhost always is."),
-    ("images", "max_unpacked_gib", "The most GiB that one image may have when it is unpacked."),
-    ("images", "mirrors", "Registries and the hosts asked first in their place: { \"docker.io\" = [\"mirror.example:5000\"] }."),
+    (
+        "",
+        "root",
+        "Durable state: images, records, the pods' writable layers.",
+    ),
+    (
+        "",
+        "state",
+        "Run-time state: sockets and mounts; on a tmpfs.",
+    ),
+    (
+        "",
+        "socket",
+        "The unix socket of CRI and of the `caisson` command (root only).",
+    ),
+    (
+        "",
+        "log_level",
+        "What is logged: error, warn, info, debug, trace, or a filter such as \"info,caisson::image=debug\".",
+    ),
+    (
+        "",
+        "cgroup_parent",
+        "The cgroup under which pods are accounted for when the client names none.",
+    ),
+    (
+        "",
+        "allow_host",
+        "Whether a handler may be of kind \"host\": a pod without a VM, for node agents with hostNetwork and the like.",
+    ),
+    (
+        "",
+        "default_handler",
+        "The handler of a pod that asks for none; one of the names in [handlers].",
+    ),
+    (
+        "handlers",
+        "microvm",
+        "Runtime handler names (RuntimeClass) and their kind: \"microvm\" or \"host\".",
+    ),
+    (
+        "microvm",
+        "vmm",
+        "The caisson-vmm program. Empty: beside the caisson executable, then in /usr/lib/caisson.",
+    ),
+    (
+        "microvm",
+        "kernel",
+        "The guest kernel (vmlinux or bzImage). Empty: searched as above.",
+    ),
+    (
+        "microvm",
+        "initramfs",
+        "The guest's initramfs (initramfs.cpio). Empty: searched as above.",
+    ),
+    (
+        "microvm",
+        "vcpus",
+        "Virtual CPUs of a pod without a CPU limit, 1 to 32.",
+    ),
+    (
+        "microvm",
+        "memory_mib",
+        "Memory in MiB of a pod without a memory limit, guest kernel included.",
+    ),
+    (
+        "microvm",
+        "overhead_mib",
+        "MiB added to a pod's memory limit for the guest kernel and the agent.",
+    ),
+    (
+        "microvm",
+        "scratch_gib",
+        "The most GiB that a pod's writable layers may hold on the host's disk.",
+    ),
+    (
+        "microvm",
+        "uid",
+        "The host user ID of the pod processes; not 0.",
+    ),
+    (
+        "microvm",
+        "gid",
+        "The host group ID of the pod processes; not 0.",
+    ),
+    (
+        "microvm",
+        "kernel_cmdline_extra",
+        "Words added to the guest's kernel command line.",
+    ),
+    (
+        "cni",
+        "conf_dir",
+        "CNI network configurations; the first file by name counts.",
+    ),
+    (
+        "cni",
+        "bin_dirs",
+        "Where CNI plugins are looked for, in order.",
+    ),
+    (
+        "images",
+        "insecure_registries",
+        "Registries (\"host:port\") spoken to in plain HTTP; localhost always is.",
+    ),
+    (
+        "images",
+        "max_unpacked_gib",
+        "The most GiB that one image may have when it is unpacked.",
+    ),
+    (
+        "images",
+        "mirrors",
+        "Registries and the hosts asked first in their place: { \"docker.io\" = [\"mirror.example:5000\"] }.",
+    ),
 ];
 
 /// The default configuration as a commented TOML file.

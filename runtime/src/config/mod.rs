@@ -162,7 +162,9 @@ impl Default for ImageSettings {
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("cannot read the configuration {path}: {cause}; mend it or name another one with --config")]
+    #[error(
+        "cannot read the configuration {path}: {cause}; mend it or name another one with --config"
+    )]
     Read {
         /// The file.
         path: PathBuf,
@@ -170,7 +172,9 @@ pub enum ConfigError {
         cause: String,
     },
     /// The file is not what it should be.
-    #[error("the configuration {path} is not valid: {cause}; `caisson config default` prints every key")]
+    #[error(
+        "the configuration {path} is not valid: {cause}; `caisson config default` prints every key"
+    )]
     Parse {
         /// The file.
         path: PathBuf,
@@ -186,7 +190,9 @@ pub enum ConfigError {
         cause: String,
     },
     /// A file that the daemon needs is nowhere.
-    #[error("no {what} was found (looked at {looked}); build it with scripts/build or set {key} in the configuration")]
+    #[error(
+        "no {what} was found (looked at {looked}); build it with scripts/build or set {key} in the configuration"
+    )]
     Missing {
         /// What is missing.
         what: &'static str,
@@ -265,10 +271,16 @@ impl Config {
             return value("microvm.scratch_gib", "writable layers get 1 to 65536 GiB");
         }
         if self.microvm.uid == 0 || self.microvm.gid == 0 {
-            return value("microvm.uid", "the pod process never runs as root (uid and gid are not 0)");
+            return value(
+                "microvm.uid",
+                "the pod process never runs as root (uid and gid are not 0)",
+            );
         }
         if !self.handlers.contains_key(&self.default_handler) {
-            return value("default_handler", "it must be one of the names in [handlers]");
+            return value(
+                "default_handler",
+                "it must be one of the names in [handlers]",
+            );
         }
         Ok(())
     }
@@ -288,7 +300,12 @@ impl Config {
     /// # Errors
     /// [`ConfigError::Missing`] with the places that were looked at.
     pub fn vmm_path(&self) -> Result<PathBuf, ConfigError> {
-        find("pod process (caisson-vmm)", "microvm.vmm", &self.microvm.vmm, &["caisson-vmm"])
+        find(
+            "pod process (caisson-vmm)",
+            "microvm.vmm",
+            &self.microvm.vmm,
+            &["caisson-vmm"],
+        )
     }
 
     /// The guest kernel, searched as [`Config::vmm_path`] under the names vmlinux and bzImage.
@@ -296,7 +313,12 @@ impl Config {
     /// # Errors
     /// [`ConfigError::Missing`] with the places that were looked at.
     pub fn kernel_path(&self) -> Result<PathBuf, ConfigError> {
-        find("guest kernel", "microvm.kernel", &self.microvm.kernel, &["vmlinux", "bzImage"])
+        find(
+            "guest kernel",
+            "microvm.kernel",
+            &self.microvm.kernel,
+            &["vmlinux", "bzImage"],
+        )
     }
 
     /// The guest's initramfs, searched as [`Config::vmm_path`] under the name initramfs.cpio.
@@ -304,7 +326,12 @@ impl Config {
     /// # Errors
     /// [`ConfigError::Missing`] with the places that were looked at.
     pub fn initramfs_path(&self) -> Result<PathBuf, ConfigError> {
-        find("initramfs", "microvm.initramfs", &self.microvm.initramfs, &["initramfs.cpio"])
+        find(
+            "initramfs",
+            "microvm.initramfs",
+            &self.microvm.initramfs,
+            &["initramfs.cpio"],
+        )
     }
 }
 

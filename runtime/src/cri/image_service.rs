@@ -193,10 +193,8 @@ impl ImageService for Service {
         let name = name_of(request.image)?;
         let auth = request.auth.map(auth).transpose()?.flatten();
         let context = self.context.clone();
-        let image = detached(async move {
-            Ok(context.images.pull(&name, auth, |_| {}).await?)
-        })
-        .await?;
+        let image =
+            detached(async move { Ok(context.images.pull(&name, auth, |_| {}).await?) }).await?;
         Ok(Response::new(cri::PullImageResponse {
             image_ref: image.id,
         }))

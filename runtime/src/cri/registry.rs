@@ -364,9 +364,7 @@ impl Registry {
         self.pods.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write_containers(
-        &self,
-    ) -> std::sync::RwLockWriteGuard<'_, HashMap<String, Arc<Container>>> {
+    fn write_containers(&self) -> std::sync::RwLockWriteGuard<'_, HashMap<String, Arc<Container>>> {
         self.containers
             .write()
             .unwrap_or_else(PoisonError::into_inner)

@@ -158,8 +158,7 @@ impl RuntimeService for Service {
         request: Request<cri::RunPodSandboxRequest>,
     ) -> Answer<cri::RunPodSandboxResponse> {
         let (context, request) = (self.context.clone(), request.into_inner());
-        let pod_sandbox_id =
-            detached(async move { pods::run(&context, request).await }).await?;
+        let pod_sandbox_id = detached(async move { pods::run(&context, request).await }).await?;
         ok(cri::RunPodSandboxResponse { pod_sandbox_id })
     }
 
@@ -334,10 +333,11 @@ impl RuntimeService for Service {
         let request = request.into_inner();
         let container = self.context.registry.container(&request.container_id)?;
         // In a task of its own, so that the time-out kills the command even when the client is gone.
-        let answer = detached(async move {
-            exec::sync(&container, request.cmd, seconds(request.timeout)).await
-        })
-        .await?;
+        let answer =
+            detached(
+                async move { exec::sync(&container, request.cmd, seconds(request.timeout)).await },
+            )
+            .await?;
         ok(answer)
     }
 
@@ -426,7 +426,9 @@ impl RuntimeService for Service {
     }
 
     async fn exec(&self, _: Request<cri::ExecRequest>) -> Answer<cri::ExecResponse> {
-        Err(later("Exec over a streaming URL (use ExecSync, or `caisson exec`)"))
+        Err(later(
+            "Exec over a streaming URL (use ExecSync, or `caisson exec`)",
+        ))
     }
 
     async fn attach(&self, _: Request<cri::AttachRequest>) -> Answer<cri::AttachResponse> {

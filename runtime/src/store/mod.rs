@@ -27,7 +27,9 @@ const NAMES: TableDefinition<'static, &'static str, &'static str> = TableDefinit
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// The database cannot be opened.
-    #[error("cannot open the store {path}: {cause}; another daemon may use it, or the file is damaged")]
+    #[error(
+        "cannot open the store {path}: {cause}; another daemon may use it, or the file is damaged"
+    )]
     Open {
         /// The file.
         path: PathBuf,
@@ -116,8 +118,12 @@ impl Store {
         let database = Database::create(path).map_err(|e| open(e.to_string()))?;
         let begin = database.begin_write().map_err(|e| open(e.to_string()))?;
         {
-            begin.open_table(SANDBOXES).map_err(|e| open(e.to_string()))?;
-            begin.open_table(CONTAINERS).map_err(|e| open(e.to_string()))?;
+            begin
+                .open_table(SANDBOXES)
+                .map_err(|e| open(e.to_string()))?;
+            begin
+                .open_table(CONTAINERS)
+                .map_err(|e| open(e.to_string()))?;
             begin.open_table(NAMES).map_err(|e| open(e.to_string()))?;
         }
         begin.commit().map_err(|e| open(e.to_string()))?;
@@ -351,7 +357,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(&dir.path().join("s")).unwrap();
         store.create_sandbox(sandbox("a1", "web")).await.unwrap();
-        let error = store.create_sandbox(sandbox("b2", "web")).await.unwrap_err();
+        let error = store
+            .create_sandbox(sandbox("b2", "web"))
+            .await
+            .unwrap_err();
         assert!(
             matches!(&error, StoreError::NameInUse { id, .. } if id == "a1"),
             "{error}"
@@ -369,7 +378,11 @@ mod tests {
         let mut tasks = tokio::task::JoinSet::new();
         for n in 0..16 {
             let store = store.clone();
-            tasks.spawn(async move { store.create_sandbox(sandbox(&format!("id{n}"), "web")).await });
+            tasks.spawn(async move {
+                store
+                    .create_sandbox(sandbox(&format!("id{n}"), "web"))
+                    .await
+            });
         }
         let won = tasks.join_all().await.iter().filter(|r| r.is_ok()).count();
         assert_eq!(won, 1);

@@ -37,7 +37,10 @@ pub async fn create(
     // Whoever takes the pod apart waits until this has ended, one way or the other.
     let _making = pod.lifecycle.read().await;
     let sandbox = pod.ready()?;
-    let container = context.registry.create_container(record, pod.clone()).await?;
+    let container = context
+        .registry
+        .create_container(record, pod.clone())
+        .await?;
     match make(context, &container, &pod, sandbox.as_ref(), &image).await {
         Ok(()) => {
             context.registry.emit(
@@ -117,11 +120,7 @@ fn record(
         config: Proto(config),
         resources: Proto(resources),
         image_id: image.id.clone(),
-        image_ref: image
-            .repo_digests
-            .first()
-            .unwrap_or(&image.id)
-            .clone(),
+        image_ref: image.repo_digests.first().unwrap_or(&image.id).clone(),
         layers: image.layers.iter().map(ToString::to_string).collect(),
         log_path,
         stop_signal,
@@ -205,7 +204,13 @@ async fn make(
     };
     let mut client = sandbox.agent();
     let what = format!("create container {}", container.id);
-    let made = guest::call(sandbox, &what, guest::CREATE, client.create_container(request)).await?;
+    let made = guest::call(
+        sandbox,
+        &what,
+        guest::CREATE,
+        client.create_container(request),
+    )
+    .await?;
     container.change(|record| {
         record.process = process;
         record.guest_pid = made.pid;

@@ -202,7 +202,11 @@ pub async fn sandbox_ended(context: &Context, container: &Container, why: &str) 
 /// Waits until the container's end is noted.
 pub async fn noted(container: &Container) {
     // The sender lives in the container, so this does not fail.
-    let _ = container.exited.subscribe().wait_for(|exited| *exited).await;
+    let _ = container
+        .exited
+        .subscribe()
+        .wait_for(|exited| *exited)
+        .await;
 }
 
 /// Waits until the container's end is noted. False after `limit`.
@@ -227,7 +231,10 @@ mod tests {
         let end = |code, oom| End::from_agent(&status(code, oom, 0), 1);
         assert_eq!((end(0, false).code, end(0, false).reason), (0, "Completed"));
         assert_eq!((end(3, false).code, end(3, false).reason), (3, "Error"));
-        assert_eq!((end(137, true).code, end(137, true).reason), (137, "OOMKilled"));
+        assert_eq!(
+            (end(137, true).code, end(137, true).reason),
+            (137, "OOMKilled")
+        );
         assert_eq!(end(70_000, false).code, 255);
         assert_eq!(end(-1, false).code, 0);
         let started = now();

@@ -29,9 +29,11 @@ pub async fn open(path: &Path) -> Result<Option<OwnedFd>, CriError> {
                     .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC)
                     .open(&path)
             });
-        opened.map(|file| Some(OwnedFd::from(file))).map_err(|error| {
-            CriError::internal(format!("cannot open the log {}: {error}", path.display()))
-        })
+        opened
+            .map(|file| Some(OwnedFd::from(file)))
+            .map_err(|error| {
+                CriError::internal(format!("cannot open the log {}: {error}", path.display()))
+            })
     })
     .await
     .unwrap_or_else(|error| Err(CriError::internal(format!("cannot open the log: {error}"))))

@@ -77,11 +77,7 @@ pub async fn start(
 }
 
 /// The log first, so that it has the output from its first byte on.
-async fn run(
-    container: &Container,
-    sandbox: &dyn Sandbox,
-    copies: Copies,
-) -> Result<(), CriError> {
+async fn run(container: &Container, sandbox: &dyn Sandbox, copies: Copies) -> Result<(), CriError> {
     let record = container.record();
     let file = log::open(&record.log_path).await?;
     sandbox
@@ -98,7 +94,12 @@ async fn run(
         container_id: container.id.clone(),
     };
     let what = format!("start container {}", container.id);
-    guest::call(sandbox, &what, guest::START, client.start_container(request))
-        .await
-        .map(drop)
+    guest::call(
+        sandbox,
+        &what,
+        guest::START,
+        client.start_container(request),
+    )
+    .await
+    .map(drop)
 }

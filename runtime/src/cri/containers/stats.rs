@@ -19,10 +19,7 @@ const MAX_INTERFACES: usize = 64;
 /// # Errors
 /// The pod is not ready, or its agent did not answer.
 // must-test: one slow stats read holds a global lock and stalls the agent
-pub async fn pod(
-    context: &Arc<Context>,
-    pod: &Arc<Pod>,
-) -> Result<cri::PodSandboxStats, CriError> {
+pub async fn pod(context: &Arc<Context>, pod: &Arc<Pod>) -> Result<cri::PodSandboxStats, CriError> {
     let answer = ask(pod, Vec::new()).await?;
     let containers = of_containers(context, pod, &answer);
     let record = pod.record();

@@ -30,7 +30,10 @@ pub async fn stop(container: &Container, grace: Duration) -> Result<(), CriError
         let stop_signal = container.record().stop_signal;
         match send(container, stop_signal, false).await {
             Ok(()) if exits::wait_noted(container, grace).await => return Ok(()),
-            Ok(()) => tracing::info!(container = container.id, "did not stop in time and is killed"),
+            Ok(()) => tracing::info!(
+                container = container.id,
+                "did not stop in time and is killed"
+            ),
             Err(error) => {
                 tracing::warn!(container = container.id, %error, "could not be asked to stop");
             }
@@ -60,7 +63,12 @@ async fn send(container: &Container, signal: i32, all: bool) -> Result<(), CriEr
         all,
     };
     let what = format!("send signal {signal} to container {}", container.id);
-    guest::call(sandbox.as_ref(), &what, guest::QUICK, client.signal(request))
-        .await
-        .map(drop)
+    guest::call(
+        sandbox.as_ref(),
+        &what,
+        guest::QUICK,
+        client.signal(request),
+    )
+    .await
+    .map(drop)
 }

@@ -32,7 +32,11 @@ pub async fn resolve(mounts: &[cri::Mount]) -> Result<Vec<HostVolume>, CriError>
     let mut all = Vec::with_capacity(mounts.len());
     for mount in mounts {
         let at = &mount.container_path;
-        if mount.image.as_ref().is_some_and(|image| !image.image.is_empty()) {
+        if mount
+            .image
+            .as_ref()
+            .is_some_and(|image| !image.image.is_empty())
+        {
             return Err(CriError::unimplemented(format!(
                 "the mount at {at} is an image volume, which is not supported"
             )));
@@ -132,7 +136,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("s");
         let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
-        for path in [socket.to_str().unwrap(), "/dev/null", "/nonexistent", "relative"] {
+        for path in [
+            socket.to_str().unwrap(),
+            "/dev/null",
+            "/nonexistent",
+            "relative",
+        ] {
             let error = resolve(&[mount(path)]).await.unwrap_err();
             assert!(error.message.contains(path), "{error}");
             assert!(error.message.contains("/data"), "{error}");
@@ -150,7 +159,10 @@ mod tests {
             ..mount("/tmp")
         };
         let error = resolve(&[shared]).await.unwrap_err();
-        assert!(error.message.contains("PROPAGATION_BIDIRECTIONAL"), "{error}");
+        assert!(
+            error.message.contains("PROPAGATION_BIDIRECTIONAL"),
+            "{error}"
+        );
         let image = cri::Mount {
             image: Some(cri::ImageSpec {
                 image: "x".into(),

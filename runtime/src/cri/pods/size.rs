@@ -63,10 +63,19 @@ mod tests {
     #[test]
     fn a_limit_is_what_the_pod_can_use() {
         let defaults = MicroVmConfig::default();
-        assert_eq!(machine(&cri::PodSandboxConfig::default(), &defaults), (2, 512));
+        assert_eq!(
+            machine(&cri::PodSandboxConfig::default(), &defaults),
+            (2, 512)
+        );
         assert_eq!(machine(&pod(150_000, 100_000, 0), &defaults), (2, 512));
-        assert_eq!(machine(&pod(50_000, 100_000, 256 << 20), &defaults), (1, 384));
+        assert_eq!(
+            machine(&pod(50_000, 100_000, 256 << 20), &defaults),
+            (1, 384)
+        );
         assert_eq!(machine(&pod(-1, 100_000, -5), &defaults), (2, 512));
-        assert_eq!(machine(&pod(i64::MAX, 1, i64::MAX), &defaults), (32, 1 << 20));
+        assert_eq!(
+            machine(&pod(i64::MAX, 1, i64::MAX), &defaults),
+            (32, 1 << 20)
+        );
     }
 }

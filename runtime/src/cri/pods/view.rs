@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use caisson_proto::cri;
 
+use super::super::Context;
 use super::super::containers;
 use super::super::registry::{Pod, now};
-use super::super::Context;
 use super::cri_state;
 use crate::store::SandboxRecord;
 

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use caisson_proto::cri;
 
+use super::super::Context;
 use super::super::containers::exits;
 use super::super::registry::{Pod, describe};
-use super::super::Context;
 use crate::store::SandboxState;
 
 /// Watches a pod's sandbox: once it has ended the pod is not ready and its containers have exited, whatever else

@@ -7,29 +7,79 @@ use super::super::CriError;
 
 /// All capabilities, in the kernel's order (capability.h).
 const ALL: [&str; 41] = [
-    "CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID",
-    "SETPCAP", "LINUX_IMMUTABLE", "NET_BIND_SERVICE", "NET_BROADCAST", "NET_ADMIN", "NET_RAW",
-    "IPC_LOCK", "IPC_OWNER", "SYS_MODULE", "SYS_RAWIO", "SYS_CHROOT", "SYS_PTRACE", "SYS_PACCT",
-    "SYS_ADMIN", "SYS_BOOT", "SYS_NICE", "SYS_RESOURCE", "SYS_TIME", "SYS_TTY_CONFIG", "MKNOD",
-    "LEASE", "AUDIT_WRITE", "AUDIT_CONTROL", "SETFCAP", "MAC_OVERRIDE", "MAC_ADMIN", "SYSLOG",
-    "WAKE_ALARM", "BLOCK_SUSPEND", "AUDIT_READ", "PERFMON", "BPF", "CHECKPOINT_RESTORE",
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "DAC_READ_SEARCH",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "SETGID",
+    "SETUID",
+    "SETPCAP",
+    "LINUX_IMMUTABLE",
+    "NET_BIND_SERVICE",
+    "NET_BROADCAST",
+    "NET_ADMIN",
+    "NET_RAW",
+    "IPC_LOCK",
+    "IPC_OWNER",
+    "SYS_MODULE",
+    "SYS_RAWIO",
+    "SYS_CHROOT",
+    "SYS_PTRACE",
+    "SYS_PACCT",
+    "SYS_ADMIN",
+    "SYS_BOOT",
+    "SYS_NICE",
+    "SYS_RESOURCE",
+    "SYS_TIME",
+    "SYS_TTY_CONFIG",
+    "MKNOD",
+    "LEASE",
+    "AUDIT_WRITE",
+    "AUDIT_CONTROL",
+    "SETFCAP",
+    "MAC_OVERRIDE",
+    "MAC_ADMIN",
+    "SYSLOG",
+    "WAKE_ALARM",
+    "BLOCK_SUSPEND",
+    "AUDIT_READ",
+    "PERFMON",
+    "BPF",
+    "CHECKPOINT_RESTORE",
 ];
 
 /// What a container has that asks for nothing: the set that container runtimes have in common.
 const DEFAULT: [&str; 14] = [
-    "CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID", "SETPCAP",
-    "NET_BIND_SERVICE", "NET_RAW", "SYS_CHROOT", "MKNOD", "AUDIT_WRITE", "SETFCAP",
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "SETGID",
+    "SETUID",
+    "SETPCAP",
+    "NET_BIND_SERVICE",
+    "NET_RAW",
+    "SYS_CHROOT",
+    "MKNOD",
+    "AUDIT_WRITE",
+    "SETFCAP",
 ];
 
 /// A capability by its name with or without CAP_, in either case.
 fn parse(name: &str) -> Result<&'static str, CriError> {
     let upper = name.to_ascii_uppercase();
     let bare = upper.strip_prefix("CAP_").unwrap_or(&upper);
-    ALL.iter().find(|known| **known == bare).copied().ok_or_else(|| {
-        CriError::invalid(format!(
-            "the capability {name} is not known; use a name such as NET_ADMIN, or ALL"
-        ))
-    })
+    ALL.iter()
+        .find(|known| **known == bare)
+        .copied()
+        .ok_or_else(|| {
+            CriError::invalid(format!(
+                "the capability {name} is not known; use a name such as NET_ADMIN, or ALL"
+            ))
+        })
 }
 
 fn is_all(name: &str) -> bool {
@@ -125,7 +175,11 @@ mod tests {
     fn additions_and_drops() {
         assert_eq!(with(&[], &[]).unwrap().len(), DEFAULT.len());
         assert!(with(&["net_admin"], &[]).unwrap().contains(&"NET_ADMIN"));
-        assert!(with(&["CAP_NET_ADMIN"], &[]).unwrap().contains(&"NET_ADMIN"));
+        assert!(
+            with(&["CAP_NET_ADMIN"], &[])
+                .unwrap()
+                .contains(&"NET_ADMIN")
+        );
         assert!(!with(&[], &["NET_RAW"]).unwrap().contains(&"NET_RAW"));
         assert_eq!(with(&["CHOWN"], &["ALL"]).unwrap(), ["CHOWN"]);
         assert_eq!(with(&["ALL"], &[]).unwrap().len(), ALL.len());

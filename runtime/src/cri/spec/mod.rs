@@ -14,7 +14,7 @@ pub mod signal;
 use caisson_proto::cri;
 use serde_json::{Value, json};
 
-pub use process::{exec_process, ImageDefaults};
+pub use process::{ImageDefaults, exec_process};
 pub use resources::{linux_resources, merge};
 pub use security::{check_pod, seccomp_file};
 
@@ -114,9 +114,7 @@ pub(super) mod tests {
         }
     }
 
-    pub fn with_security(
-        security: cri::LinuxContainerSecurityContext,
-    ) -> cri::ContainerConfig {
+    pub fn with_security(security: cri::LinuxContainerSecurityContext) -> cri::ContainerConfig {
         cri::ContainerConfig {
             linux: Some(cri::LinuxContainerConfig {
                 resources: None,

@@ -329,7 +329,10 @@ mod tests {
         };
         let of = |user, group, image| super::user(&security(user, group), image);
         assert_eq!(of(None, None, "").unwrap()["username"], "0");
-        assert_eq!(of(None, None, "nobody:users").unwrap()["username"], "nobody:users");
+        assert_eq!(
+            of(None, None, "nobody:users").unwrap()["username"],
+            "nobody:users"
+        );
         let both = of(Some(1000), Some(2000), "nobody").unwrap();
         assert_eq!(both["username"], "1000:2000");
         assert_eq!((&both["uid"], &both["gid"]), (&json!(1000), &json!(2000)));
@@ -344,9 +347,15 @@ mod tests {
         let mut config = config();
         config.working_dir = "/srv".into();
         let spec = built(&config).unwrap();
-        let process =
-            exec_process(&spec["process"], &["id".into()], true, &["B=1".into()], "", "1:2")
-                .unwrap();
+        let process = exec_process(
+            &spec["process"],
+            &["id".into()],
+            true,
+            &["B=1".into()],
+            "",
+            "1:2",
+        )
+        .unwrap();
         assert_eq!(process["args"], json!(["id"]));
         assert_eq!(process["cwd"], "/srv");
         assert_eq!(process["terminal"], true);

@@ -35,7 +35,10 @@ pub fn linux_resources(resources: &cri::LinuxContainerResources) -> Result<Value
     }
     let mut memory = Map::new();
     if resources.memory_limit_in_bytes != 0 {
-        memory.insert("limit".into(), resources.memory_limit_in_bytes.max(-1).into());
+        memory.insert(
+            "limit".into(),
+            resources.memory_limit_in_bytes.max(-1).into(),
+        );
     }
     if resources.memory_swap_limit_in_bytes != 0 {
         let swap = resources.memory_swap_limit_in_bytes;

@@ -162,7 +162,9 @@ pub fn namespaces(
         }
         NamespaceMode::Target => {
             let pid = target_pid.ok_or_else(|| {
-                CriError::invalid("the PID namespace mode TARGET needs the ID of a running container")
+                CriError::invalid(
+                    "the PID namespace mode TARGET needs the ID of a running container",
+                )
             })?;
             all.push(json!({ "type": "pid", "path": format!("/proc/{pid}/ns/pid") }));
         }
@@ -267,9 +269,27 @@ mod tests {
     fn pods_of_the_node_are_refused_and_told_where_to_go() {
         let node = NamespaceMode::Node as i32;
         for (options, name) in [
-            (cri::NamespaceOption { network: node, ..Default::default() }, "hostNetwork"),
-            (cri::NamespaceOption { pid: node, ..Default::default() }, "hostPID"),
-            (cri::NamespaceOption { ipc: node, ..Default::default() }, "hostIPC"),
+            (
+                cri::NamespaceOption {
+                    network: node,
+                    ..Default::default()
+                },
+                "hostNetwork",
+            ),
+            (
+                cri::NamespaceOption {
+                    pid: node,
+                    ..Default::default()
+                },
+                "hostPID",
+            ),
+            (
+                cri::NamespaceOption {
+                    ipc: node,
+                    ..Default::default()
+                },
+                "hostIPC",
+            ),
         ] {
             let error = check_pod(&pod(options)).unwrap_err();
             assert!(error.message.contains(name), "{error}");
@@ -292,9 +312,17 @@ mod tests {
 
     #[test]
     fn pid_namespaces() {
-        assert_eq!(pid_of(NamespaceMode::Pod, true, None).unwrap()["path"], SHARED_PID);
+        assert_eq!(
+            pid_of(NamespaceMode::Pod, true, None).unwrap()["path"],
+            SHARED_PID
+        );
         assert!(pid_of(NamespaceMode::Pod, false, None).is_err());
-        assert!(pid_of(NamespaceMode::Container, true, None).unwrap().get("path").is_none());
+        assert!(
+            pid_of(NamespaceMode::Container, true, None)
+                .unwrap()
+                .get("path")
+                .is_none()
+        );
         assert_eq!(
             pid_of(NamespaceMode::Target, false, Some(42)).unwrap()["path"],
             "/proc/42/ns/pid"
@@ -326,7 +354,10 @@ mod tests {
             ..Default::default()
         };
         let choice = |kind, file| seccomp_choice(&of(kind), file);
-        assert_eq!(choice(ProfileType::RuntimeDefault, None).unwrap(), Some(Seccomp::Default));
+        assert_eq!(
+            choice(ProfileType::RuntimeDefault, None).unwrap(),
+            Some(Seccomp::Default)
+        );
         assert_eq!(choice(ProfileType::Unconfined, None).unwrap(), None);
         assert!(choice(ProfileType::Localhost, None).is_err());
         let given = json!({ "defaultAction": "SCMP_ACT_ALLOW" });
@@ -335,7 +366,10 @@ mod tests {
             Some(Seccomp::Given(given))
         );
         let plain = cri::LinuxContainerSecurityContext::default();
-        assert_eq!(seccomp_choice(&plain, None).unwrap(), Some(Seccomp::Default));
+        assert_eq!(
+            seccomp_choice(&plain, None).unwrap(),
+            Some(Seccomp::Default)
+        );
         let error = built(&with_security(cri::LinuxContainerSecurityContext {
             apparmor: Some(cri::SecurityProfile {
                 profile_type: ProfileType::Localhost as i32,
