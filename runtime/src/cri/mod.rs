@@ -5,6 +5,7 @@
 //! pod has. No lock is held while a guest is asked for something.
 
 pub mod alpha;
+mod conditions;
 pub mod containers;
 mod error;
 mod filters;

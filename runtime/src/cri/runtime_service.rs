@@ -12,7 +12,7 @@ use tonic::{Request, Response, Status};
 
 use super::containers::{self, exec, log, stats};
 use super::registry::Event;
-use super::{Context, CriError, RUNTIME_NAME, detached, filters, pods};
+use super::{Context, CriError, RUNTIME_NAME, conditions, detached, filters, pods};
 
 type Answer<T> = Result<Response<T>, Status>;
 
@@ -25,36 +25,6 @@ impl Service {
     /// The service on this context.
     pub fn new(context: Arc<Context>) -> Self {
         Self { context }
-    }
-
-    fn conditions(&self, kvm: Result<(), CriError>) -> Vec<cri::RuntimeCondition> {
-        let condition = |kind: &str, result: Result<(), (&str, String)>| {
-            let (reason, message) = result.as_ref().err().cloned().unwrap_or_default();
-            cri::RuntimeCondition {
-                r#type: kind.to_owned(),
-                status: result.is_ok(),
-                reason: reason.to_owned(),
-                message,
-            }
-        };
-        let parts = [
-            self.context.config.vmm_path(),
-            self.context.config.kernel_path(),
-            self.context.config.initramfs_path(),
-        ];
-        let runtime = match parts.into_iter().find_map(Result::err) {
-            Some(error) => Err(("RuntimeIncomplete", error.to_string())),
-            None => kvm.map_err(|error| ("KVMNotUsable", error.message)),
-        };
-        let network = self
-            .context
-            .network
-            .ready()
-            .map_err(|error| ("NetworkNotReady", error.to_string()));
-        vec![
-            condition("RuntimeReady", runtime),
-            condition("NetworkReady", network),
-        ]
     }
 
     fn event(context: &Context, event: &Event) -> cri::ContainerEventResponse {
@@ -122,7 +92,7 @@ impl RuntimeService for Service {
         let names = self.context.config.handlers.keys().map(String::as_str);
         ok(cri::StatusResponse {
             status: Some(cri::RuntimeStatus {
-                conditions: self.conditions(kvm),
+                conditions: conditions::conditions(&self.context, kvm),
             }),
             info,
             // The empty name stands for the default handler.

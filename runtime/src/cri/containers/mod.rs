@@ -14,7 +14,7 @@ mod view;
 mod volumes;
 
 pub use create::create;
-pub use recover::{recover, recover_dead};
+pub use recover::{recover, recover_dead, recover_half_made};
 pub use remove::remove;
 pub use start::{Copies, start};
 pub use stop::stop;

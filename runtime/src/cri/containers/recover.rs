@@ -79,3 +79,12 @@ pub async fn recover_dead(context: &Arc<Context>, container: &Arc<Container>) {
         exits::finish(context, container, exits::lost(&why)).await;
     }
 }
+
+/// Takes back the containers that were being made in a pod that is about to go.
+pub async fn recover_half_made(context: &Arc<Context>, pod: &Arc<Pod>) {
+    for container in context.registry.containers_of(&pod.id) {
+        if container.state() == ContainerState::Creating {
+            create::undo(context, &container).await;
+        }
+    }
+}

@@ -1,5 +1,6 @@
 //! Pod sandboxes: run, stop, remove, show, and find again.
 
+mod dns;
 mod recover;
 mod remove;
 mod run;

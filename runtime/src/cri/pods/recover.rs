@@ -54,7 +54,7 @@ async fn recover_pod(context: &Arc<Context>, pod: &Arc<Pod>) {
     let (context, pod) = (context.clone(), pod.clone());
     let finish = |what: &'static str, result: Result<(), CriError>, id: &str| {
         if let Err(error) = result {
-            tracing::warn!(pod = id, %error, "could not {what} what the last daemon began to");
+            tracing::warn!(pod = id, %error, "could not {what} a pod that the last daemon began to {what}");
         }
     };
     match pod.state() {
@@ -68,8 +68,12 @@ async fn recover_pod(context: &Arc<Context>, pod: &Arc<Pod>) {
                 .and_then(|sandbox| sandbox.ended().borrow().as_ref().map(describe));
             if ended.is_none() {
                 containers::recover(&context, &pod).await;
+            } else {
+                for container in context.registry.containers_of(&pod.id) {
+                    containers::recover_dead(&context, &container).await;
+                }
             }
-            // Also for a pod that has ended: the watch then finds out at once.
+            // Also for a pod that has ended: the watch finds out at once and notes it.
             watch::watch(&context, &pod);
         }
         SandboxState::NotReady => {
@@ -78,11 +82,13 @@ async fn recover_pod(context: &Arc<Context>, pod: &Arc<Pod>) {
             }
         }
         SandboxState::Stopping => {
+            containers::recover_half_made(&context, &pod).await;
             tokio::spawn(async move {
                 finish("stop", stop(&context, &pod).await, &pod.id);
             });
         }
         SandboxState::Removing => {
+            containers::recover_half_made(&context, &pod).await;
             tokio::spawn(async move {
                 finish("remove", remove(&context, &pod).await, &pod.id);
             });

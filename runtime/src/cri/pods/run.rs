@@ -6,10 +6,10 @@ use caisson_proto::cri;
 
 use super::super::registry::{Pod, now};
 use super::super::{Context, CriError, new_id, spec};
-use super::{identity, shares_pid, size, watch};
+use super::{dns, identity, shares_pid, size, watch};
 use crate::config::HandlerKind;
 use crate::sandbox::microvm::MicroVm;
-use crate::sandbox::{Dns, Sandbox, SandboxPlan};
+use crate::sandbox::{Sandbox, SandboxPlan};
 use crate::store::{NetworkRecord, Proto, SandboxRecord, SandboxState};
 use crate::timings::Timings;
 
@@ -147,16 +147,11 @@ async fn make(context: &Arc<Context>, pod: &Arc<Pod>) -> Result<(), CriError> {
 
     let config = &record.config.0;
     let linux = config.linux.clone().unwrap_or_default();
-    let dns = config.dns_config.clone().unwrap_or_default();
     let (vcpus, memory_mib) = size::machine(config, &context.config.microvm);
     let plan = SandboxPlan {
         id: pod.id.clone(),
         hostname: hostname(config, &pod.id),
-        dns: Dns {
-            servers: dns.servers,
-            searches: dns.searches,
-            options: dns.options,
-        },
+        dns: dns::of(config).await,
         vcpus,
         memory_mib,
         cgroup_parent: linux.cgroup_parent,
