@@ -31,8 +31,8 @@ use crate::store::{Store, StoreError};
 const MAX_REQUEST: usize = 16 << 20;
 /// How long calls under way may take when the daemon is told to stop.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
-/// How long a guest may take from power-on until its agent answers.
-const START_LIMIT: Duration = Duration::from_secs(60);
+/// The fewest guests that may boot at the same time.
+const MIN_BOOTS: usize = 2;
 
 /// Why the daemon cannot serve.
 #[derive(Debug, thiserror::Error)]
@@ -88,6 +88,7 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
         images,
         network: Network::new(cni_config(&config), config.state.join("netns")),
         kvm: KvmProbe::new(config.clone()),
+        boots: tokio::sync::Semaphore::new(boots()),
         config,
     });
     pods::recover(&context).await?;
@@ -170,8 +171,15 @@ fn microvm_config(config: &Config) -> MicroVmConfig {
         state_dir: config.state.clone(),
         data_dir: config.root.clone(),
         cgroup_parent: config.cgroup_parent.clone(),
-        start_timeout: START_LIMIT,
+        start_timeout: Duration::from_secs(u64::from(microvm.start_timeout_seconds)),
     }
+}
+
+/// How many guests may boot at the same time. A boot keeps one CPU busy; more boots than CPUs only make each slower, and
+/// some too slow.
+// must-test: start latency that grows with the number of pods on the node
+fn boots() -> usize {
+    std::thread::available_parallelism().map_or(MIN_BOOTS, |cpus| cpus.get().max(MIN_BOOTS))
 }
 
 fn image_config(config: &Config) -> ImageConfig {

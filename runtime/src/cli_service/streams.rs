@@ -47,7 +47,10 @@ pub async fn exec(
         working_dir: start.working_dir,
         user: start.user,
     };
-    let exec = Arc::new(Exec::begin(container, &plan).await?);
+    let exec = match Exec::begin(container, &plan).await {
+        Ok(exec) => Arc::new(exec),
+        Err(error) => return not_executed(error, sender),
+    };
     let connected = async {
         let mut outputs: Vec<(Box<dyn AsyncRead + Send + Unpin>, Which)> = Vec::new();
         let mut input = None;
@@ -157,8 +160,13 @@ pub async fn attach(
             stderr: stderr_copy,
         };
         let (context, container) = (context.clone(), container.clone());
-        crate::cri::detached(async move { containers::start(&context, &container, copies).await })
-            .await?;
+        let started =
+            crate::cri::detached(
+                async move { containers::start(&context, &container, copies).await },
+            );
+        if let Err(error) = started.await {
+            return not_executed(error, sender);
+        }
     } else {
         sandbox
             .attach(&container.id, Some(stdout_copy), stderr_copy)
@@ -185,6 +193,24 @@ pub async fn attach(
             () = gone.closed() => {}
         }
         typing.abort();
+    });
+    Ok(())
+}
+
+/// A program that cannot be run is told as a shell tells it: on standard error, and by the exit status.
+fn not_executed(error: CriError, sender: Sender) -> Result<(), CriError> {
+    let Some(code) = error.not_executed() else {
+        return Err(error);
+    };
+    tokio::spawn(async move {
+        let said = format!("caisson: {error}\n");
+        send(&sender, Response::Started(cli::Started {})).await;
+        send(&sender, Response::Stderr(said.into_bytes())).await;
+        let exited = cli::Exited {
+            code,
+            oom_killed: false,
+        };
+        send(&sender, Response::Exited(exited)).await;
     });
     Ok(())
 }

@@ -97,6 +97,11 @@ const KEYS: &[(&str, &str, &str)] = &[
         "Words added to the guest's kernel command line.",
     ),
     (
+        "microvm",
+        "start_timeout_seconds",
+        "Seconds that a guest may take from power-on until its agent answers, 1 to 3600.",
+    ),
+    (
         "cni",
         "conf_dir",
         "CNI network configurations; the first file by name counts.",

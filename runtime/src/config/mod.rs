@@ -80,6 +80,8 @@ pub struct MicroVmConfig {
     pub gid: u32,
     /// Words added to the guest's kernel command line.
     pub kernel_cmdline_extra: String,
+    /// Seconds that a guest may take from power-on until its agent answers, 1 to 3600.
+    pub start_timeout_seconds: u32,
 }
 
 /// CNI networking.
@@ -135,6 +137,7 @@ impl Default for MicroVmConfig {
             uid: 61000,
             gid: 61000,
             kernel_cmdline_extra: String::new(),
+            start_timeout_seconds: 120,
         }
     }
 }
@@ -269,6 +272,12 @@ impl Config {
         }
         if self.microvm.scratch_gib == 0 || self.microvm.scratch_gib > 65_536 {
             return value("microvm.scratch_gib", "writable layers get 1 to 65536 GiB");
+        }
+        if !(1..=3600).contains(&self.microvm.start_timeout_seconds) {
+            return value(
+                "microvm.start_timeout_seconds",
+                "a guest has 1 to 3600 seconds to start",
+            );
         }
         if self.microvm.uid == 0 || self.microvm.gid == 0 {
             return value(

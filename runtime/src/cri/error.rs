@@ -9,6 +9,9 @@ use crate::store::StoreError;
 /// The most bytes of a sentence that came out of a guest.
 const MAX_GUEST_MESSAGE: usize = 2048;
 
+/// How a message ends where the cause is ENOENT.
+const NO_SUCH_FILE: &str = "(os error 2)";
+
 /// A call that failed: the code that tells a client what to do, and one sentence for people.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("{message}")]
@@ -79,10 +82,16 @@ impl CriError {
         Self::new(code, format!("the agent could not {what}: {said}"))
     }
 
-    /// The same failure, with what it was part of.
-    pub fn during(mut self, what: &str) -> Self {
-        self.message = format!("{what}: {}", self.message);
-        self
+    /// The exit status by which shells tell that a program could not be run: 127 where it is not there, 126 where it
+    /// is and cannot be executed. `None` for any other failure. The agent says this in words alone.
+    pub fn not_executed(&self) -> Option<i32> {
+        self.message.contains("cannot execute ").then(|| {
+            if self.message.contains(NO_SUCH_FILE) {
+                127
+            } else {
+                126
+            }
+        })
     }
 }
 
@@ -126,6 +135,20 @@ impl From<NetworkError> for CriError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_program_that_is_not_there_has_a_shells_exit_status() {
+        let of = |message: &str| CriError::internal(message).not_executed();
+        assert_eq!(
+            of("cannot execute /x: No such file (os error 2)"),
+            Some(127)
+        );
+        assert_eq!(
+            of("cannot execute /: Is a directory (os error 21)"),
+            Some(126)
+        );
+        assert_eq!(of("cannot mount /x: No such file (os error 2)"), None);
+    }
 
     #[test]
     fn what_a_guest_says_is_bounded_and_printable() {

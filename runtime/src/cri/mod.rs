@@ -41,6 +41,8 @@ pub struct Context {
     pub network: Network,
     /// Whether KVM works here.
     pub kvm: KvmProbe,
+    /// The right to boot a guest.
+    pub boots: tokio::sync::Semaphore,
 }
 
 /// The name of this runtime in the interface.

@@ -160,7 +160,11 @@ async fn make(context: &Arc<Context>, pod: &Arc<Pod>) -> Result<(), CriError> {
         sysctls: linux.sysctls.into_iter().collect(),
         scratch_bytes: u64::from(context.config.microvm.scratch_gib) * GIB,
     };
+    let turn = timings
+        .step("wait for a turn", context.boots.acquire())
+        .await;
     let sandbox = MicroVm::start(&plan, &context.microvm, timings).await?;
+    drop(turn);
     let sandbox: Arc<dyn Sandbox> = Arc::new(sandbox);
     pod.set_sandbox(Some(sandbox));
     pod.change(|record| record.state = SandboxState::Ready);
