@@ -11,8 +11,6 @@ use super::client::{CliError, Client, OWN_POD};
 use super::session::{self, Session};
 use super::{containers, images, options, terminal, timeline};
 
-/// The annotation that asks for a pod with a loopback device only.
-pub const NETWORK_ANNOTATION: &str = "caisson.dev/network";
 /// The period of CPU quotas, in microseconds.
 const CPU_PERIOD: i64 = 100_000;
 
@@ -161,7 +159,7 @@ async fn run_in(
 fn sandbox_config(args: &RunArgs, name: &str, suffix: &str) -> cri::PodSandboxConfig {
     let mut annotations = HashMap::new();
     if args.network == "none" {
-        annotations.insert(NETWORK_ANNOTATION.to_owned(), args.network.clone());
+        annotations.insert(crate::cri::pods::NETWORK_ANNOTATION.to_owned(), args.network.clone());
     }
     cri::PodSandboxConfig {
         metadata: Some(cri::PodSandboxMetadata {

@@ -17,8 +17,30 @@ pub use run::{hostname, run};
 pub use stop::stop;
 pub use view::{item, status};
 
+use super::CriError;
 use crate::network::{PodIdentity, PortMapping};
 use crate::store::{SandboxRecord, SandboxState};
+
+/// A pod's annotation that says which network it gets: "cni" (as without it), or "none" for a loopback device only.
+pub const NETWORK_ANNOTATION: &str = "caisson.dev/network";
+
+/// Whether the pod wants a network beside its loopback device.
+///
+/// # Errors
+/// INVALID_ARGUMENT for a value of [`NETWORK_ANNOTATION`] that is not known.
+fn wants_network(config: &cri::PodSandboxConfig) -> Result<bool, CriError> {
+    match config
+        .annotations
+        .get(NETWORK_ANNOTATION)
+        .map(String::as_str)
+    {
+        None | Some("cni") => Ok(true),
+        Some("none") => Ok(false),
+        Some(other) => Err(CriError::invalid(format!(
+            "the annotation {NETWORK_ANNOTATION} is {other} and must be cni or none"
+        ))),
+    }
+}
 
 /// The state as the interface knows it. A pod that is being made or stopped cannot be used, so it is not ready.
 pub fn cri_state(state: SandboxState) -> cri::PodSandboxState {

@@ -6,8 +6,9 @@ use caisson_proto::cri;
 
 use super::super::registry::{Pod, now};
 use super::super::{Context, CriError, new_id, spec};
-use super::{dns, identity, shares_pid, size, watch};
+use super::{dns, identity, shares_pid, size, wants_network, watch};
 use crate::config::HandlerKind;
+use crate::network::PodNetwork;
 use crate::sandbox::microvm::MicroVm;
 use crate::sandbox::{Sandbox, SandboxPlan};
 use crate::store::{NetworkRecord, Proto, SandboxRecord, SandboxState};
@@ -93,6 +94,7 @@ fn check(
             )));
         }
     }
+    wants_network(config)?;
     if config.hostname.len() > MAX_HOSTNAME {
         return Err(CriError::invalid(format!(
             "the hostname {} is longer than {MAX_HOSTNAME} bytes",
@@ -124,26 +126,14 @@ fn check(
 async fn make(context: &Arc<Context>, pod: &Arc<Pod>) -> Result<(), CriError> {
     let timings = Timings::begin();
     let record = pod.record();
-    let network = timings
-        .step("network", context.network.setup(&identity(&record)))
-        .await?;
-    let shown = NetworkRecord {
-        netns: network.netns.clone(),
-        interface: network.interface.name.clone(),
-        mac: network.interface.mac.clone(),
-        mtu: network.interface.mtu,
-        addresses: network.interface.addresses.clone(),
-        routes: network
-            .routes
-            .iter()
-            .map(|route| {
-                let (destination, prefix) = route.destination;
-                (destination, prefix, route.gateway, route.priority)
-            })
-            .collect(),
-        ips: network.ips(),
+    let network = if wants_network(&record.config.0)? {
+        let identity = identity(&record);
+        let setup = context.network.setup(&identity);
+        Some(timings.step("network", setup).await?)
+    } else {
+        None
     };
-    pod.change(|record| record.network = Some(shown));
+    pod.change(|record| record.network = network.as_ref().map(shown));
 
     let config = &record.config.0;
     let linux = config.linux.clone().unwrap_or_default();
@@ -155,7 +145,7 @@ async fn make(context: &Arc<Context>, pod: &Arc<Pod>) -> Result<(), CriError> {
         vcpus,
         memory_mib,
         cgroup_parent: linux.cgroup_parent,
-        network: Some(network),
+        network,
         shared_pid_namespace: shares_pid(config),
         sysctls: linux.sysctls.into_iter().collect(),
         scratch_bytes: u64::from(context.config.microvm.scratch_gib) * GIB,
@@ -171,6 +161,27 @@ async fn make(context: &Arc<Context>, pod: &Arc<Pod>) -> Result<(), CriError> {
     context.registry.save_pod(pod).await?;
     watch::watch(context, pod);
     Ok(())
+}
+
+/// What is remembered of a network.
+fn shown(network: &PodNetwork) -> NetworkRecord {
+    let interface = network.interface.clone();
+    NetworkRecord {
+        netns: network.netns.clone(),
+        interface: interface.name,
+        mac: interface.mac,
+        mtu: interface.mtu,
+        addresses: interface.addresses,
+        routes: network
+            .routes
+            .iter()
+            .map(|route| {
+                let (destination, prefix) = route.destination;
+                (destination, prefix, route.gateway, route.priority)
+            })
+            .collect(),
+        ips: network.ips(),
+    }
 }
 
 /// The hostname asked for; without one, the beginning of the ID.
