@@ -2,11 +2,13 @@
 //!
 //! Each millisecond here is one of every pod's start, so that nothing is done twice or in case.
 
+use std::fmt::Write;
 use std::fs;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::symlink;
 use std::path::Path;
+use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
@@ -56,12 +58,15 @@ const SYSCTLS: [(&str, &str); 7] = [
     ("kernel/keys/root_maxbytes", "25000000"),
 ];
 
-/// Brings the guest up.
+/// Brings the guest up as far as the agent itself needs it: files, devices and cgroups are there.
+/// [`settle`] does the rest.
 ///
 /// # Errors
 /// The first step that failed. There is nothing to fall back to.
 pub fn boot() -> Result<(), BootError> {
+    let mut timing = Timing::start();
     movable_root()?;
+    timing.lap("root");
     for directory in ["/dev", "/proc", "/sys", "/run", "/tmp"] {
         make_directory(directory)?;
     }
@@ -89,7 +94,7 @@ pub fn boot() -> Result<(), BootError> {
         hardened,
         Some("nsdelegate,memory_recursiveprot"),
     )?;
-    enable_controllers()?;
+    timing.lap("mounts");
     for (name, target) in [
         ("fd", "/proc/self/fd"),
         ("stdin", "fd/0"),
@@ -103,6 +108,20 @@ pub fn boot() -> Result<(), BootError> {
             _ => {}
         }
     }
+    timing.lap("links");
+    timing.tell("boot");
+    Ok(())
+}
+
+/// What containers need but serving does not: it waits for the kernel's grace periods most of the time, and runs
+/// while the host connects.
+///
+/// # Errors
+/// The first step that failed. No container can run then.
+pub fn settle() -> Result<(), BootError> {
+    let mut timing = Timing::start();
+    enable_controllers()?;
+    timing.lap("controllers");
     for (name, value) in SYSCTLS {
         let _ = fs::write(Path::new("/proc/sys").join(name), value);
     }
@@ -110,7 +129,11 @@ pub fn boot() -> Result<(), BootError> {
         setrlimit(Resource::RLIMIT_NOFILE, FILES_MAX, FILES_MAX),
         || format!("set the limit of open files to {FILES_MAX}"),
     )?;
-    step(loopback_up(), || "bring lo up".into())
+    timing.lap("parameters");
+    step(loopback_up(), || "bring lo up".into())?;
+    timing.lap("lo");
+    timing.tell("settle");
+    Ok(())
 }
 
 /// Makes the root a mount that `pivot_root` can replace: the initial one, where the kernel unpacks the
@@ -148,10 +171,32 @@ fn make_directory(path: &str) -> Result<(), BootError> {
 fn attach(kind: &str, path: &str, flags: MsFlags, options: Option<&str>) -> Result<(), BootError> {
     step(mount(Some(kind), path, Some(kind), flags, options), || {
         format!("mount {kind} on {path}")
-    })?;
-    // With the times that the lines carry, these show where a boot spends its time.
-    debug!("mounted {path}");
-    Ok(())
+    })
+}
+
+/// Where a boot spends its time, in one line at the end: each line on the way would cost more than most steps.
+struct Timing {
+    since: Instant,
+    text: String,
+}
+
+impl Timing {
+    fn start() -> Self {
+        Self {
+            since: Instant::now(),
+            text: String::new(),
+        }
+    }
+
+    fn lap(&mut self, name: &str) {
+        let now = Instant::now();
+        let _ = write!(self.text, " {name} {}", (now - self.since).as_micros());
+        self.since = now;
+    }
+
+    fn tell(&self, what: &str) {
+        debug!("{what}, in us:{}", self.text);
+    }
 }
 
 /// Reads `caisson.log=` from the kernel's command line. The kernel's own messages are kept to warnings, unless

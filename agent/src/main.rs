@@ -130,6 +130,18 @@ async fn run(mode: Mode, started: Instant) -> std::io::Result<()> {
     if ending == Ending::PowerOff {
         tokio::spawn(vsock::knock());
     }
+    let settling = {
+        let pod = pod.clone();
+        async move {
+            if ending == Ending::PowerOff {
+                let settled = tokio::task::spawn_blocking(boot::settle).await?;
+                settled.map_err(|error| std::io::Error::other(format!("boot: {error}")))?;
+            }
+            pod.settled();
+            // From here on there is nothing that could fail.
+            std::future::pending::<std::io::Result<()>>().await
+        }
+    };
     let mut terminate = signal(SignalKind::terminate())?;
     let asked_to_end = async {
         terminate.recv().await;
@@ -138,6 +150,7 @@ async fn run(mode: Mode, started: Instant) -> std::io::Result<()> {
     };
     // None of these ends while the agent is well.
     tokio::select! {
+        result = settling => result,
         result = serving => Err(std::io::Error::other(format!("the gRPC server has ended: {result:?}"))),
         result = streaming => Err(std::io::Error::other(format!("the stream server has ended: {result:?}"))),
         result = reaping => Err(std::io::Error::other(format!("the reaper has ended: {result:?}"))),

@@ -121,6 +121,7 @@ impl Agent for Service {
             // A request that is refused has done nothing, and may be mended and sent again.
             let plan = Plan::try_from(request.into_inner())
                 .inspect_err(|_| pod.end_setup(Setup::Fresh))?;
+            pod.wait_until_settled().await;
             blocking(move || sandbox::set_up(&plan))
                 .await?
                 .inspect_err(|error| crate::error!("sandbox: {error}"))?;

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use caisson_proto::agent;
-use tokio::sync::{Notify, broadcast};
+use tokio::sync::{Notify, broadcast, watch};
 
 use super::container::{Container, lock};
 use super::error::ServiceError;
@@ -63,6 +63,8 @@ pub struct Pod {
     /// Raised by a stream connection that asks for the end.
     pub shutdown_requested: Notify,
     shutting_down: AtomicBool,
+    /// Whether containers can run as far as the system is concerned.
+    settled: watch::Sender<bool>,
     setup: Mutex<Setup>,
     slots: Mutex<HashMap<String, Slot>>,
     changed: Notify,
@@ -83,10 +85,22 @@ impl Pod {
             ended: Notify::new(),
             shutdown_requested: Notify::new(),
             shutting_down: AtomicBool::new(false),
+            settled: watch::Sender::new(false),
             setup: Mutex::new(Setup::Fresh),
             slots: Mutex::default(),
             changed: Notify::new(),
         })
+    }
+
+    /// Says that the system has what containers need.
+    pub fn settled(&self) {
+        self.settled.send_replace(true);
+    }
+
+    /// Resolves when [`Pod::settled`] has been said.
+    pub async fn wait_until_settled(&self) {
+        // The sender is in `self`, so that the channel is open while this runs.
+        let _ = self.settled.subscribe().wait_for(|settled| *settled).await;
     }
 
     /// How far SetupSandbox has come.
