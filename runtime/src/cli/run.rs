@@ -159,12 +159,16 @@ async fn run_in(
 fn sandbox_config(args: &RunArgs, name: &str, suffix: &str) -> cri::PodSandboxConfig {
     let mut annotations = HashMap::new();
     if args.network == "none" {
-        annotations.insert(crate::cri::pods::NETWORK_ANNOTATION.to_owned(), args.network.clone());
+        annotations.insert(
+            crate::cri::pods::NETWORK_ANNOTATION.to_owned(),
+            args.network.clone(),
+        );
     }
     cri::PodSandboxConfig {
         metadata: Some(cri::PodSandboxMetadata {
             name: name.to_owned(),
-            uid: suffix.to_owned(),
+            // The daemon reserves name, namespace and UID together: this way a name is there once.
+            uid: name.to_owned(),
             namespace: "caisson".to_owned(),
             attempt: 0,
         }),
