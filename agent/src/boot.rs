@@ -2,13 +2,11 @@
 //!
 //! Each millisecond here is one of every pod's start, so that nothing is done twice or in case.
 
-use std::fmt::Write;
 use std::fs;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::symlink;
 use std::path::Path;
-use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
@@ -17,8 +15,8 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use nix::unistd::{chdir, chroot};
 use thiserror::Error;
 
-use crate::log::{self, Level};
-use crate::{debug, paths, warn};
+use crate::log::{self, Level, Timing};
+use crate::{paths, warn};
 
 /// Why the guest could not be brought up.
 #[derive(Debug, Error)]
@@ -172,31 +170,6 @@ fn attach(kind: &str, path: &str, flags: MsFlags, options: Option<&str>) -> Resu
     step(mount(Some(kind), path, Some(kind), flags, options), || {
         format!("mount {kind} on {path}")
     })
-}
-
-/// Where a boot spends its time, in one line at the end: each line on the way would cost more than most steps.
-struct Timing {
-    since: Instant,
-    text: String,
-}
-
-impl Timing {
-    fn start() -> Self {
-        Self {
-            since: Instant::now(),
-            text: String::new(),
-        }
-    }
-
-    fn lap(&mut self, name: &str) {
-        let now = Instant::now();
-        let _ = write!(self.text, " {name} {}", (now - self.since).as_micros());
-        self.since = now;
-    }
-
-    fn tell(&self, what: &str) {
-        debug!("{what}, in us:{}", self.text);
-    }
 }
 
 /// Reads `caisson.log=` from the kernel's command line. The kernel's own messages are kept to warnings, unless

@@ -3,10 +3,10 @@
 //! The host keeps the console in the pod's serial log. Each byte there is an exit to the VMM, so that the
 //! default level is low. A full tracing subscriber would be a tenth of the binary.
 
-use std::fmt::Arguments;
-use std::io::Write;
+use std::fmt::{Arguments, Write as _};
+use std::io::Write as _;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// How notable a line is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -70,6 +70,35 @@ pub fn write(level: Level, message: Arguments<'_>) {
     );
     // A console that is gone is no reason to stop.
     let _ = std::io::stderr().write_all(line.as_bytes());
+}
+
+/// Where a sequence of steps spends its time, in one debug line at the end: a line a step would cost more than most
+/// steps.
+pub struct Timing {
+    since: Instant,
+    text: String,
+}
+
+impl Timing {
+    /// Starts the clock.
+    pub fn start() -> Self {
+        Self {
+            since: Instant::now(),
+            text: String::new(),
+        }
+    }
+
+    /// The step of this name has ended.
+    pub fn lap(&mut self, name: &str) {
+        let now = Instant::now();
+        let _ = write!(self.text, " {name} {}", (now - self.since).as_micros());
+        self.since = now;
+    }
+
+    /// Writes the line.
+    pub fn tell(&self, what: &str) {
+        write(Level::Debug, format_args!("{what}, in us:{}", self.text));
+    }
 }
 
 /// Logs what failed.

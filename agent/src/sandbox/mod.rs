@@ -17,6 +17,7 @@ use thiserror::Error;
 
 pub use plan::Plan;
 
+use crate::log::Timing;
 use crate::paths;
 
 /// Why the sandbox could not be set up.
@@ -70,6 +71,7 @@ impl<T, E: Into<io::Error>> Context<T> for Result<T, E> {
 /// # Errors
 /// The first step that failed.
 pub fn set_up(plan: &Plan) -> Result<(), SandboxError> {
+    let mut timing = Timing::start();
     clock::add_entropy(&plan.entropy)?;
     if let Some(time) = plan.unix_time_ns {
         clock::set(time)?;
@@ -79,15 +81,22 @@ pub fn set_up(plan: &Plan) -> Result<(), SandboxError> {
         nix::unistd::sethostname(&plan.hostname)
             .context(|| format!("set hostname {}", plan.hostname))?;
     }
+    timing.lap("identity");
     create_dir(paths::SANDBOX)?;
     storage::mount_shared(&plan.shared_mounts)?;
+    timing.lap("share");
     storage::mount_scratch(&plan.scratch)?;
+    timing.lap("scratch");
     storage::mount_shm()?;
+    timing.lap("shm");
     network::configure(&plan.interfaces, &plan.routes)?;
+    timing.lap("network");
     dns::write(plan)?;
     if plan.shared_pid_namespace {
         pidns::create()?;
+        timing.lap("pid namespace");
     }
+    timing.tell("sandbox");
     Ok(())
 }
 
