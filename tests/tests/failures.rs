@@ -1,7 +1,8 @@
 //! Bad input and a failing machine: a clear error, and nothing left behind.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use caisson_proto::cri;
 use caisson_tests::{ContainerOptions, Node, NodeOptions, PodOptions};
@@ -118,10 +119,15 @@ async fn a_dead_pod_is_reported_and_removed() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn broken_archives_and_missing_images_are_told() {
-    let Some(node) = Node::start().await else {
+    // Without the image: what is in the store already is not read again.
+    let options = NodeOptions {
+        no_image: true,
+        ..NodeOptions::default()
+    };
+    let Some(node) = Node::start_with(options).await else {
         return;
     };
-    let good = fs::read(node.dir().join("busybox.tar")).unwrap();
+    let good = fs::read(make_image(&node)).unwrap();
     let images = || node.caisson(&["images", "-q"]).stdout;
     let before = images();
     let mut flipped = good.clone();
@@ -250,17 +256,11 @@ async fn a_full_disk_is_told() {
     // Room for the records, none for an image or a pod's disk.
     let filler = disk.path().join("filler");
     fill(&filler);
-    let archive = node.dir().join("image.tar");
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/demo-image");
-    let made = std::process::Command::new(script)
-        .arg(&archive)
-        .status()
-        .unwrap();
-    assert!(made.success());
+    let archive = make_image(&node);
     let output = node.caisson(&["load", &archive.to_string_lossy()]);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!output.status.success());
-    assert!(said.contains("No space left"), "{said}");
+    assert!(said.contains("is full"), "{said}");
     let error = node
         .pod_with("full", PodOptions::default())
         .await
@@ -284,6 +284,15 @@ async fn a_full_disk_is_told() {
     node.assert_nothing_left().await;
     drop(node);
     umount2(disk.path(), MntFlags::MNT_DETACH).unwrap();
+}
+
+/// The image's archive, not loaded.
+fn make_image(node: &Node) -> PathBuf {
+    let archive = node.dir().join("image.tar");
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/demo-image");
+    let made = Command::new(script).arg(&archive).status().unwrap();
+    assert!(made.success());
+    archive
 }
 
 /// Writes until nothing fits any more.

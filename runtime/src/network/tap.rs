@@ -24,7 +24,7 @@ const TAP: &str = "tap0";
 /// The ingress qdisc's handle, as a filter's parent.
 const INGRESS: u32 = 0xffff_0000;
 /// `ETH_P_ALL` in network byte order.
-const ALL_PROTOCOLS: u16 = 0x0003;
+const ALL_PROTOCOLS: u16 = (nix::libc::ETH_P_ALL as u16).to_be();
 /// The main routing table.
 const MAIN_TABLE: u32 = 254;
 

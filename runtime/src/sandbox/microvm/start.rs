@@ -36,8 +36,8 @@ const ENTROPY: usize = 64;
 const SETUP_TIMEOUT: Duration = Duration::from_secs(60);
 /// The kernel command line: serial console, no time spent on probing what a guest does not have, and a panic
 /// ends the machine.
-const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=t i8042.noaux i8042.nomux i8042.dumbkbd \
-                       tsc=reliable no_timer_check random.trust_cpu=on cryptomgr.notests";
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=t \
+                       tsc=reliable no_timer_check random.trust_cpu=on cryptomgr.notests pci=off";
 
 impl MicroVm {
     /// Makes the pod's directory, share and disk, starts its pod process, boots the guest and lets the agent
