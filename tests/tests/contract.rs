@@ -114,7 +114,10 @@ async fn the_contract_with_a_kubelet_holds() {
         },
     )
     .await;
-    assert!(code == 0 && said.starts_with("65534|65534|65534|"), "{said}");
+    assert!(
+        code == 0 && said.starts_with("65534|65534|65534|"),
+        "{said}"
+    );
 
     // Limits change while it runs; a log goes on in a new file.
     let container = node

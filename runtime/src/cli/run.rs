@@ -10,6 +10,7 @@ use clap::Args;
 use super::client::{CliError, Client, OWN_POD};
 use super::session::{self, Session};
 use super::{containers, images, options, terminal, timeline};
+use crate::cri::not_executed;
 
 /// The period of CPU quotas, in microseconds.
 const CPU_PERIOD: i64 = 100_000;
@@ -106,7 +107,16 @@ pub async fn run(client: &Client, args: RunArgs) -> Result<ExitCode, CliError> {
         // Nothing runs in it any more: the machine's memory is given back, logs and status stay.
         containers::stop_pod(client, &pod).await?;
     }
-    result
+    result.map_err(|error| match &error {
+        CliError::Daemon(message) => match not_executed(message) {
+            Some(code) => {
+                eprintln!("caisson: {message}");
+                CliError::Quiet(code)
+            }
+            None => error,
+        },
+        _ => error,
+    })
 }
 
 async fn run_in(

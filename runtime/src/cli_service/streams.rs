@@ -199,7 +199,7 @@ pub async fn attach(
 
 /// A program that cannot be run is told as a shell tells it: on standard error, and by the exit status.
 fn not_executed(error: CriError, sender: Sender) -> Result<(), CriError> {
-    let Some(code) = error.not_executed() else {
+    let Some(code) = error.not_executed().map(i32::from) else {
         return Err(error);
     };
     tokio::spawn(async move {

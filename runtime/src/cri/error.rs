@@ -82,17 +82,22 @@ impl CriError {
         Self::new(code, format!("the agent could not {what}: {said}"))
     }
 
-    /// The exit status by which shells tell that a program could not be run: 127 where it is not there, 126 where it
-    /// is and cannot be executed. `None` for any other failure. The agent says this in words alone.
-    pub fn not_executed(&self) -> Option<i32> {
-        self.message.contains("cannot execute ").then(|| {
-            if self.message.contains(NO_SUCH_FILE) {
-                127
-            } else {
-                126
-            }
-        })
+    /// As [`not_executed`], of this error.
+    pub fn not_executed(&self) -> Option<u8> {
+        not_executed(&self.message)
     }
+}
+
+/// The exit status by which shells tell that a program could not be run: 127 where it is not there, 126 where it
+/// is and cannot be executed. `None` for any other failure. The agent says this in words alone.
+pub fn not_executed(message: &str) -> Option<u8> {
+    message.contains("cannot execute ").then(|| {
+        if message.contains(NO_SUCH_FILE) {
+            127
+        } else {
+            126
+        }
+    })
 }
 
 impl From<CriError> for Status {

@@ -18,7 +18,7 @@ pub mod spec;
 
 use std::sync::Arc;
 
-pub use error::CriError;
+pub use error::{CriError, not_executed};
 
 use crate::config::Config;
 use crate::doctor::KvmProbe;

@@ -136,6 +136,35 @@ pub(super) mod tests {
         })
     }
 
+    /// The agent refuses a field that the OCI runtime specification does not have; so must nothing of ours be lost when
+    /// the specification's types read it.
+    #[test]
+    fn specs_are_what_the_specification_says() {
+        let privileged = with_security(cri::LinuxContainerSecurityContext {
+            privileged: true,
+            ..Default::default()
+        });
+        for config in [config(), privileged] {
+            let ours = built(&config).unwrap();
+            let theirs: oci_spec::runtime::Spec = serde_json::from_value(ours.clone()).unwrap();
+            assert_subset(&ours, &serde_json::to_value(theirs).unwrap(), "spec");
+        }
+    }
+
+    fn assert_subset(part: &Value, whole: &Value, path: &str) {
+        match part {
+            Value::Object(fields) => {
+                for (name, value) in fields {
+                    assert_subset(value, &whole[name], &format!("{path}.{name}"));
+                }
+            }
+            Value::Array(items) => {
+                assert_eq!(items.len(), whole.as_array().map_or(0, Vec::len), "{path}");
+            }
+            _ => assert_eq!(part, whole, "{path}"),
+        }
+    }
+
     #[test]
     fn a_plain_container_is_confined() {
         let spec = built(&config()).unwrap();
