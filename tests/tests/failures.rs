@@ -11,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tonic::Code;
 
-const SLEEP: &str = "trap 'exit 0' TERM; while :; do sleep 0.2; done";
+const SLEEP: &str = "trap 'exit 0' TERM; sleep 100000 & wait";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn bad_requests_are_told_and_leave_nothing() {

@@ -4,7 +4,7 @@ use caisson_proto::cri;
 use caisson_tests::{Node, PodOptions, read_log};
 use tokio::task::JoinSet;
 
-const SLEEP: &str = "trap 'exit 0' TERM; while :; do sleep 0.2; done";
+const SLEEP: &str = "trap 'exit 0' TERM; sleep 100000 & wait";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn twenty_pods_at_once_run_and_leave_nothing() {

@@ -4,7 +4,7 @@ use caisson_proto::cri;
 use caisson_tests::{ContainerOptions, Node, PodOptions, read_log};
 use sha2::{Digest, Sha256};
 
-const SLEEP: &str = "trap 'exit 0' TERM; while :; do sleep 0.2; done";
+const SLEEP: &str = "trap 'exit 0' TERM; sleep 100000 & wait";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_containers_share_a_pod_and_have_their_own_files_and_limits() {
@@ -200,7 +200,7 @@ async fn exit_codes_and_signals_arrive() {
     node.stop_container(&shell, 10).await;
     assert_eq!(node.status(&shell).await.exit_code, 0);
     let deaf = node
-        .run(&pod, "deaf", "trap '' TERM; while :; do sleep 0.2; done")
+        .run(&pod, "deaf", "trap '' TERM; exec sleep 100000")
         .await;
     node.stop_container(&deaf, 1).await;
     assert_eq!(node.status(&deaf).await.exit_code, 137);

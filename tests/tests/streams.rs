@@ -14,7 +14,7 @@ use caisson_proto::cri;
 use caisson_tests::{Container, ContainerOptions, Node};
 use sha2::{Digest, Sha256};
 
-const SLEEP: &str = "trap 'exit 0' TERM; while :; do sleep 0.2; done";
+const SLEEP: &str = "trap 'exit 0' TERM; sleep 100000 & wait";
 
 /// What an exec said.
 #[derive(Debug, Default)]
