@@ -219,7 +219,7 @@ impl Node {
 
     /// Waits until the container has ended; its status.
     pub async fn ended(&self, container: &Container) -> cri::ContainerStatus {
-        let deadline = Instant::now() + Duration::from_secs(180);
+        let deadline = Instant::now() + Duration::from_secs(600);
         loop {
             let status = self.status(container).await;
             if status.state() == ContainerState::ContainerExited {

@@ -130,7 +130,7 @@ async fn a_hundred_megabytes_arrive_byte_for_byte() {
     // 100 MiB of numbered lines, and their digest on standard error.
     // `tee` to two places: standard output, and a FIFO whose reader says the digest.
     let script = "mkfifo /tmp/f; sha256sum < /tmp/f >&2 & \
-         awk 'BEGIN { for (i = 1; i <= 6553600; i++) printf \"%015d\\n\", i }' | tee /tmp/f; wait";
+         head -c 78000000 /dev/urandom | base64 | tee /tmp/f; wait";
     let container = node.run(&pod, "large", script).await;
     let status = node.ended(&container).await;
     assert_eq!(status.exit_code, 0);
@@ -149,7 +149,7 @@ async fn a_hundred_megabytes_arrive_byte_for_byte() {
             bytes += 1;
         }
     }
-    assert_eq!(bytes, 100 << 20);
+    assert!(bytes > 100 << 20, "{bytes}");
     let digest: String = digest
         .finalize()
         .iter()
