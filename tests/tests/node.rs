@@ -169,7 +169,93 @@ async fn lists_and_stats_know_the_containers() {
         .unwrap();
     assert!(stats.cpu.unwrap().usage_core_nano_seconds.unwrap().value > 0);
     assert!(stats.memory.unwrap().working_set_bytes.unwrap().value > 0);
+    assert!(stats.io.unwrap().psi.is_some());
+    streamed_lists_have_the_same(&node, &[&pod.id, &other.id], &container.id).await;
+    metrics_have_what_their_descriptors_say(&node, &pod.id, &container.id).await;
+
+    // The machine has 2 CPUs and 512 MiB: less is taken, more is refused with both sizes.
+    let resize = |memory: i64| cri::UpdatePodSandboxResourcesRequest {
+        pod_sandbox_id: pod.id.clone(),
+        resources: Some(cri::LinuxContainerResources {
+            memory_limit_in_bytes: memory,
+            ..Default::default()
+        }),
+        overhead: None,
+    };
+    runtime
+        .update_pod_sandbox_resources(resize(64 << 20))
+        .await
+        .unwrap();
+    let error = runtime
+        .update_pod_sandbox_resources(resize(4 << 30))
+        .await
+        .unwrap_err();
+    assert_eq!(error.code(), tonic::Code::OutOfRange);
+    assert!(error.message().contains("512 MiB"), "{error}");
     node.remove(&pod).await;
     node.remove(&other).await;
     node.assert_nothing_left().await;
+}
+
+async fn streamed_lists_have_the_same(node: &Node, pods: &[&str], container: &str) {
+    let mut runtime = node.runtime.clone();
+    let mut stream = runtime
+        .stream_pod_sandboxes(cri::StreamPodSandboxesRequest::default())
+        .await
+        .unwrap()
+        .into_inner();
+    let mut found = Vec::new();
+    while let Some(message) = stream.message().await.unwrap() {
+        found.extend(message.pod_sandboxes.into_iter().map(|pod| pod.id));
+    }
+    assert_eq!(found.len(), pods.len());
+    assert!(pods.iter().all(|pod| found.iter().any(|id| id == pod)));
+    let mut stream = runtime
+        .stream_container_stats(cri::StreamContainerStatsRequest::default())
+        .await
+        .unwrap()
+        .into_inner();
+    let stats = stream.message().await.unwrap().unwrap().container_stats;
+    assert_eq!(stats[0].attributes.as_ref().unwrap().id, container);
+    assert!(stream.message().await.unwrap().is_none());
+}
+
+async fn metrics_have_what_their_descriptors_say(node: &Node, pod: &str, container: &str) {
+    let mut runtime = node.runtime.clone();
+    let descriptors = runtime
+        .list_metric_descriptors(cri::ListMetricDescriptorsRequest {})
+        .await
+        .unwrap()
+        .into_inner()
+        .descriptors;
+    let all = runtime
+        .list_pod_sandbox_metrics(cri::ListPodSandboxMetricsRequest {})
+        .await
+        .unwrap()
+        .into_inner()
+        .pod_metrics;
+    let of_pod = all.iter().find(|one| one.pod_sandbox_id == pod).unwrap();
+    let of_container = &of_pod.container_metrics[0];
+    assert_eq!(of_container.container_id, container);
+    for metric in of_pod.metrics.iter().chain(&of_container.metrics) {
+        let descriptor = descriptors.iter().find(|one| one.name == metric.name);
+        let labels = &descriptor.unwrap().label_keys;
+        assert_eq!(labels.len(), metric.label_values.len(), "{}", metric.name);
+    }
+    let value = |name: &str| {
+        let metric = of_container.metrics.iter().find(|one| one.name == name);
+        metric
+            .unwrap_or_else(|| panic!("no {name}"))
+            .value
+            .unwrap()
+            .value
+    };
+    assert!(value("container_processes") >= 2);
+    assert!(value("container_memory_usage_bytes") > 0);
+    assert!(value("container_fs_limit_bytes") > 0);
+    let received = of_pod
+        .metrics
+        .iter()
+        .find(|one| one.name == "container_network_receive_bytes_total");
+    assert!(received.unwrap().label_values.contains(&"eth0".to_owned()));
 }

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::cgroup::{Cgroup, Stats};
+use super::cgroup::{Cgroup, Detail, Stats};
 use super::channel::{Channel, Message};
 use super::error::EngineError;
 use super::launch::{Launched, launch};
@@ -328,6 +328,14 @@ impl Container {
     /// If its control group is gone.
     pub fn stats(&self) -> Result<Stats, EngineError> {
         self.cgroup.stats(&self.upper)
+    }
+
+    /// More about what the container uses; it costs a walk over its processes.
+    ///
+    /// # Errors
+    /// If its control group is gone.
+    pub fn detail(&self) -> Result<Detail, EngineError> {
+        self.cgroup.detail(self.pid, &self.upper)
     }
 
     /// How many of its processes the kernel has ended for lack of memory.

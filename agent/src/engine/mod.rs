@@ -27,7 +27,7 @@ mod sys;
 
 use std::os::fd::OwnedFd;
 
-pub use cgroup::Stats;
+pub use cgroup::{Detail, DeviceIo, HugePages, Pressure, PressureLine, Stats};
 pub use container::Container;
 pub use error::EngineError;
 pub use init::init_main;

@@ -183,8 +183,9 @@ impl Agent for Service {
     }
 
     async fn stats(&self, request: Request<StatsRequest>) -> Answer<StatsResponse> {
-        let ids = request.into_inner().container_ids;
-        Ok(Response::new(stats::read(&self.pod, ids).await?))
+        let request = request.into_inner();
+        let answer = stats::read(&self.pod, request.container_ids, request.detail).await?;
+        Ok(Response::new(answer))
     }
 
     async fn remove_container(

@@ -6,7 +6,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use caisson_proto::agent::{ContainerStats, InterfaceStats, SandboxStats, StatsResponse};
+use caisson_proto::agent::{
+    ContainerDetail, ContainerStats, DeviceIo, HugePages, InterfaceStats, Pressure, PressureLine,
+    SandboxStats, StatsResponse,
+};
 
 use super::blocking;
 use super::container::Container;
@@ -19,8 +22,12 @@ use crate::{engine, paths, warn};
 /// How long one container's reading may take before the answer leaves it out.
 const TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Reads the resource use of the containers named, or of all.
-pub async fn read(pod: &Pod, ids: Vec<String>) -> Result<StatsResponse, ServiceError> {
+/// Reads the resource use of the containers named, or of all; in every detail if that is asked for.
+pub async fn read(
+    pod: &Pod,
+    ids: Vec<String>,
+    detail: bool,
+) -> Result<StatsResponse, ServiceError> {
     let containers = if ids.is_empty() {
         pod.containers()
     } else {
@@ -30,7 +37,9 @@ pub async fn read(pod: &Pod, ids: Vec<String>) -> Result<StatsResponse, ServiceE
             .map(|id| pod.container(&id))
             .collect::<Result<_, _>>()?
     };
-    let readings = containers.iter().map(container_stats);
+    let readings = containers
+        .iter()
+        .map(|container| container_stats(container, detail));
     let readings = futures::future::join_all(readings).await;
     Ok(StatsResponse {
         containers: readings.into_iter().flatten().collect(),
@@ -39,19 +48,26 @@ pub async fn read(pod: &Pod, ids: Vec<String>) -> Result<StatsResponse, ServiceE
 }
 
 /// One container's statistics; `None` if it is going away, or too slow.
-async fn container_stats(container: &Arc<Container>) -> Option<ContainerStats> {
+async fn container_stats(container: &Arc<Container>, detail: bool) -> Option<ContainerStats> {
     // A reading that hangs must not be followed by more of them until no thread is left.
     if container.stats_running.swap(true, Ordering::Relaxed) {
         return None;
     }
     let (id, running) = (container.id.clone(), container.clone());
     let reading = with_engine(container, move |engine| {
-        let stats = engine.stats();
+        let read = || {
+            let detail = detail.then(|| engine.detail()).transpose()?;
+            Ok((engine.stats()?, detail))
+        };
+        let stats = read();
         running.stats_running.store(false, Ordering::Relaxed);
         stats
     });
     match tokio::time::timeout(TIMEOUT, reading).await {
-        Ok(Ok(stats)) => Some(to_message(id, &stats)),
+        Ok(Ok((stats, detail))) => Some(ContainerStats {
+            detail: detail.map(detail_message),
+            ..to_message(id, &stats)
+        }),
         Ok(Err(error)) => {
             warn!("statistics of container {id}: {error}");
             None
@@ -84,6 +100,63 @@ fn to_message(container_id: String, stats: &engine::Stats) -> ContainerStats {
         rootfs_used_bytes: stats.rootfs_used_bytes,
         rootfs_used_inodes: stats.rootfs_used_inodes,
         oom_kills: stats.oom_kills,
+        cpu_pressure: stats.pressure[0].map(pressure),
+        memory_pressure: stats.pressure[1].map(pressure),
+        io_pressure: stats.pressure[2].map(pressure),
+        detail: None,
+    }
+}
+
+fn pressure(pressure: engine::Pressure) -> Pressure {
+    let line = |line: engine::PressureLine| {
+        let [avg10, avg60, avg300] = line.averages;
+        Some(PressureLine {
+            total_us: line.total_us,
+            avg10,
+            avg60,
+            avg300,
+        })
+    };
+    Pressure {
+        some: line(pressure.some),
+        full: line(pressure.full),
+    }
+}
+
+fn detail_message(detail: engine::Detail) -> ContainerDetail {
+    let device = |io: engine::DeviceIo| DeviceIo {
+        major: io.device.0,
+        minor: io.device.1,
+        read_bytes: io.bytes.0,
+        write_bytes: io.bytes.1,
+        reads: io.requests.0,
+        writes: io.requests.1,
+    };
+    let huge_pages = |pages: engine::HugePages| HugePages {
+        size: pages.size,
+        used_bytes: pages.used,
+        limit_hits: pages.limit_hits,
+    };
+    ContainerDetail {
+        cpu_periods: detail.cpu_periods,
+        cpu_throttled_periods: detail.cpu_throttled_periods,
+        cpu_throttled_ns: detail.cpu_throttled_ns,
+        memory_cache_bytes: detail.memory_cache,
+        memory_kernel_bytes: detail.memory_kernel,
+        memory_mapped_bytes: detail.memory_mapped,
+        memory_peak_bytes: detail.memory_peak,
+        memory_limit_hits: detail.memory_limit_hits,
+        processes: detail.processes,
+        threads: detail.threads,
+        threads_max: detail.threads_max,
+        file_descriptors: detail.file_descriptors,
+        sockets: detail.sockets,
+        open_files_soft_limit: detail.open_files_soft_limit,
+        fs_total_bytes: detail.fs_total,
+        fs_total_inodes: detail.fs_inodes,
+        fs_free_inodes: detail.fs_free_inodes,
+        devices: detail.devices.into_iter().map(device).collect(),
+        huge_pages: detail.huge_pages.into_iter().map(huge_pages).collect(),
     }
 }
 
@@ -139,9 +212,13 @@ fn interface(line: &str) -> Option<InterfaceStats> {
     Some(InterfaceStats {
         name: name.into(),
         rx_bytes: *counters.first()?,
+        rx_packets: *counters.get(1)?,
         rx_errors: *counters.get(2)?,
+        rx_dropped: *counters.get(3)?,
         tx_bytes: *counters.get(8)?,
+        tx_packets: *counters.get(9)?,
         tx_errors: *counters.get(10)?,
+        tx_dropped: *counters.get(11)?,
     })
 }
 

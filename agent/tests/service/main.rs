@@ -265,7 +265,10 @@ async fn statistics_states_and_limits() {
     agent.client.update_container(update).await.unwrap();
     let stats = agent
         .client
-        .stats(StatsRequest::default())
+        .stats(StatsRequest {
+            detail: true,
+            ..StatsRequest::default()
+        })
         .await
         .unwrap()
         .into_inner();
@@ -277,11 +280,18 @@ async fn statistics_states_and_limits() {
     assert_eq!(of_s.memory_limit_bytes, 64 << 20);
     assert_eq!(of_s.pids, 1);
     assert!(of_s.memory_usage_bytes > 0 && of_s.cpu_usage_ns > 0);
+    assert!(of_s.memory_pressure.is_some());
+    let detail = of_s.detail.as_ref().unwrap();
+    assert_eq!((detail.processes, detail.threads), (1, 1));
+    assert_eq!(detail.threads_max, 20);
+    assert!(detail.file_descriptors >= 3 && detail.fs_total_inodes > detail.fs_free_inodes);
+    assert!(detail.memory_peak_bytes >= of_s.memory_rss_bytes);
     let of_sandbox = stats.sandbox.unwrap();
     assert!(of_sandbox.memory_total_bytes > of_sandbox.memory_available_bytes);
     assert!(of_sandbox.processes >= 3);
     let unknown = StatsRequest {
         container_ids: vec!["nobody".into()],
+        detail: false,
     };
     assert_eq!(
         agent.client.stats(unknown).await.unwrap_err().code(),
@@ -338,6 +348,7 @@ async fn a_reading_that_hangs_holds_up_nothing_else() {
     tokio::time::sleep(Duration::from_millis(100)).await;
     let quick = StatsRequest {
         container_ids: vec!["quick".into()],
+        detail: false,
     };
     let mut client = agent.client.clone();
     let answer = tokio::time::timeout(Duration::from_secs(2), client.stats(quick)).await;

@@ -11,6 +11,8 @@ mod error;
 mod filters;
 mod guest;
 pub mod image_service;
+mod listing;
+mod metrics;
 pub mod pods;
 pub mod registry;
 pub mod runtime_service;

@@ -12,7 +12,7 @@ use tonic::{Request, Response, Status};
 
 use super::containers::{self, exec, log, stats};
 use super::registry::Event;
-use super::{Context, CriError, RUNTIME_NAME, conditions, detached, filters, pods};
+use super::{Context, CriError, RUNTIME_NAME, conditions, detached, listing, metrics, pods};
 
 type Answer<T> = Result<Response<T>, Status>;
 
@@ -170,18 +170,7 @@ impl RuntimeService for Service {
         request: Request<cri::ListPodSandboxRequest>,
     ) -> Answer<cri::ListPodSandboxResponse> {
         let filter = request.into_inner().filter.unwrap_or_default();
-        let items = self
-            .context
-            .registry
-            .pods()
-            .iter()
-            .map(|pod| pod.record())
-            .filter(|record| {
-                record.state != crate::store::SandboxState::Creating
-                    && filters::pod(&filter, record)
-            })
-            .map(|record| pods::item(&record))
-            .collect();
+        let items = listing::pods(&self.context, &filter);
         ok(cri::ListPodSandboxResponse { items })
     }
 
@@ -240,17 +229,7 @@ impl RuntimeService for Service {
         request: Request<cri::ListContainersRequest>,
     ) -> Answer<cri::ListContainersResponse> {
         let filter = request.into_inner().filter.unwrap_or_default();
-        let containers = self
-            .context
-            .registry
-            .containers()
-            .iter()
-            .map(|container| container.record())
-            .filter(|record| {
-                containers::is_visible(record.state) && filters::container(&filter, record)
-            })
-            .map(|record| containers::item(&record))
-            .collect();
+        let containers = listing::containers(&self.context, &filter);
         ok(cri::ListContainersResponse { containers })
     }
 
@@ -329,16 +308,7 @@ impl RuntimeService for Service {
         request: Request<cri::ListContainerStatsRequest>,
     ) -> Answer<cri::ListContainerStatsResponse> {
         let filter = request.into_inner().filter.unwrap_or_default();
-        let filter = cri::ContainerFilter {
-            id: filter.id,
-            state: None,
-            pod_sandbox_id: filter.pod_sandbox_id,
-            label_selector: filter.label_selector,
-        };
-        let stats = stats::list(&self.context, |container| {
-            filters::container(&filter, &container.record())
-        })
-        .await;
+        let stats = listing::container_stats(&self.context, filter).await;
         ok(cri::ListContainerStatsResponse { stats })
     }
 
@@ -360,21 +330,7 @@ impl RuntimeService for Service {
         request: Request<cri::ListPodSandboxStatsRequest>,
     ) -> Answer<cri::ListPodSandboxStatsResponse> {
         let filter = request.into_inner().filter.unwrap_or_default();
-        let filter = cri::PodSandboxFilter {
-            id: filter.id,
-            state: None,
-            label_selector: filter.label_selector,
-        };
-        let pods = self.context.registry.pods();
-        let asked = pods
-            .iter()
-            .filter(|pod| pod.ready().is_ok() && filters::pod(&filter, &pod.record()))
-            .map(|pod| stats::pod(&self.context, pod));
-        let stats = futures::future::join_all(asked)
-            .await
-            .into_iter()
-            .filter_map(Result::ok)
-            .collect();
+        let stats = listing::pod_stats(&self.context, filter).await;
         ok(cri::ListPodSandboxStatsResponse { stats })
     }
 
@@ -414,64 +370,96 @@ impl RuntimeService for Service {
 
     async fn checkpoint_container(
         &self,
-        _: Request<cri::CheckpointContainerRequest>,
+        request: Request<cri::CheckpointContainerRequest>,
     ) -> Answer<cri::CheckpointContainerResponse> {
+        // NOT_FOUND before UNIMPLEMENTED: what is not there cannot be checkpointed by anybody.
+        self.context
+            .registry
+            .container(&request.get_ref().container_id)?;
         Err(later("CheckpointContainer"))
     }
 
     async fn update_pod_sandbox_resources(
         &self,
-        _: Request<cri::UpdatePodSandboxResourcesRequest>,
+        request: Request<cri::UpdatePodSandboxResourcesRequest>,
     ) -> Answer<cri::UpdatePodSandboxResourcesResponse> {
-        Err(later("UpdatePodSandboxResources"))
+        let request = request.into_inner();
+        let pod = self.context.registry.pod(&request.pod_sandbox_id)?;
+        pods::resize(&self.context, &pod, request.overhead, request.resources)?;
+        ok(cri::UpdatePodSandboxResourcesResponse {})
     }
 
     async fn list_metric_descriptors(
         &self,
         _: Request<cri::ListMetricDescriptorsRequest>,
     ) -> Answer<cri::ListMetricDescriptorsResponse> {
-        Err(later("ListMetricDescriptors"))
+        ok(cri::ListMetricDescriptorsResponse {
+            descriptors: metrics::descriptors(),
+        })
     }
 
     async fn list_pod_sandbox_metrics(
         &self,
         _: Request<cri::ListPodSandboxMetricsRequest>,
     ) -> Answer<cri::ListPodSandboxMetricsResponse> {
-        Err(later("ListPodSandboxMetrics"))
+        ok(cri::ListPodSandboxMetricsResponse {
+            pod_metrics: metrics::list(&self.context).await,
+        })
     }
 
     async fn stream_pod_sandboxes(
         &self,
-        _: Request<cri::StreamPodSandboxesRequest>,
+        request: Request<cri::StreamPodSandboxesRequest>,
     ) -> Answer<BoxStream<cri::StreamPodSandboxesResponse>> {
-        Err(later("StreamPodSandboxes (use ListPodSandbox)"))
+        let filter = request.into_inner().filter.unwrap_or_default();
+        let list = listing::pods(&self.context, &filter);
+        ok(listing::stream(list, |pod_sandboxes| {
+            cri::StreamPodSandboxesResponse { pod_sandboxes }
+        }))
     }
 
     async fn stream_containers(
         &self,
-        _: Request<cri::StreamContainersRequest>,
+        request: Request<cri::StreamContainersRequest>,
     ) -> Answer<BoxStream<cri::StreamContainersResponse>> {
-        Err(later("StreamContainers (use ListContainers)"))
+        let filter = request.into_inner().filter.unwrap_or_default();
+        let list = listing::containers(&self.context, &filter);
+        ok(listing::stream(list, |containers| {
+            cri::StreamContainersResponse { containers }
+        }))
     }
 
     async fn stream_container_stats(
         &self,
-        _: Request<cri::StreamContainerStatsRequest>,
+        request: Request<cri::StreamContainerStatsRequest>,
     ) -> Answer<BoxStream<cri::StreamContainerStatsResponse>> {
-        Err(later("StreamContainerStats (use ListContainerStats)"))
+        let filter = request.into_inner().filter.unwrap_or_default();
+        let list = listing::container_stats(&self.context, filter).await;
+        ok(listing::stream(list, |container_stats| {
+            cri::StreamContainerStatsResponse { container_stats }
+        }))
     }
 
     async fn stream_pod_sandbox_stats(
         &self,
-        _: Request<cri::StreamPodSandboxStatsRequest>,
+        request: Request<cri::StreamPodSandboxStatsRequest>,
     ) -> Answer<BoxStream<cri::StreamPodSandboxStatsResponse>> {
-        Err(later("StreamPodSandboxStats (use ListPodSandboxStats)"))
+        let filter = request.into_inner().filter.unwrap_or_default();
+        let list = listing::pod_stats(&self.context, filter).await;
+        ok(listing::stream(list, |pod_sandbox_stats| {
+            cri::StreamPodSandboxStatsResponse { pod_sandbox_stats }
+        }))
     }
 
     async fn stream_pod_sandbox_metrics(
         &self,
         _: Request<cri::StreamPodSandboxMetricsRequest>,
     ) -> Answer<BoxStream<cri::StreamPodSandboxMetricsResponse>> {
-        Err(later("StreamPodSandboxMetrics"))
+        let list = metrics::list(&self.context).await;
+        ok(listing::stream(list, |pod_sandbox_metrics| {
+            cri::StreamPodSandboxMetricsResponse {
+                pod_sandbox_metrics,
+            }
+        }))
     }
 }

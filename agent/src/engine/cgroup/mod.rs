@@ -1,5 +1,6 @@
 //! The container's control group: cgroup v2 (Documentation/admin-guide/cgroup-v2.rst of the kernel).
 
+mod detail;
 pub(crate) mod devices;
 pub(crate) mod settings;
 mod stats;
@@ -16,7 +17,8 @@ use super::error::EngineError;
 use super::paths;
 use super::spec::LinuxResources;
 
-pub use stats::Stats;
+pub use detail::{Detail, DeviceIo, HugePages};
+pub use stats::{Pressure, PressureLine, Stats};
 
 /// How long the kernel gets to end the processes of a killed group.
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);

@@ -12,7 +12,7 @@ use crate::engine::error::EngineError;
 const WALK_TIME: Duration = Duration::from_millis(500);
 
 /// Resource use of a container.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Stats {
     /// When, Unix time in nanoseconds of the guest.
     pub timestamp_ns: u64,
@@ -44,10 +44,51 @@ pub struct Stats {
     pub rootfs_used_inodes: u64,
     /// Processes ended for lack of memory.
     pub oom_kills: u64,
+    /// Pressure on processors, memory and I/O; `None` where the kernel does not measure it.
+    pub pressure: [Option<Pressure>; 3],
+}
+
+/// Pressure stall information (Documentation/accounting/psi.rst of the kernel).
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Pressure {
+    /// While some task waited.
+    pub some: PressureLine,
+    /// While all tasks waited.
+    pub full: PressureLine,
+}
+
+/// One line of it.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct PressureLine {
+    /// Microseconds since the group was made.
+    pub total_us: u64,
+    /// Percent of the last 10, 60 and 300 seconds.
+    pub averages: [f64; 3],
+}
+
+impl Pressure {
+    fn parse(text: &str) -> Option<Self> {
+        let line = |name: &str| {
+            let rest = text.lines().find_map(|line| line.strip_prefix(name))?;
+            let word = |key: &str| rest.split(' ').find_map(|word| word.strip_prefix(key));
+            Some(PressureLine {
+                total_us: word("total=")?.parse().ok()?,
+                averages: [
+                    word("avg10=")?.parse().ok()?,
+                    word("avg60=")?.parse().ok()?,
+                    word("avg300=")?.parse().ok()?,
+                ],
+            })
+        };
+        Some(Self {
+            some: line("some ")?,
+            full: line("full ").unwrap_or_default(),
+        })
+    }
 }
 
 /// The value of a key in a flat keyed file.
-fn keyed(text: &str, key: &str) -> u64 {
+pub(super) fn keyed(text: &str, key: &str) -> u64 {
     text.lines()
         .filter_map(|line| line.split_once(' '))
         .find(|(name, _)| *name == key)
@@ -65,7 +106,7 @@ impl Cgroup {
         }
     }
 
-    fn text(&self, file: &str) -> Result<String, EngineError> {
+    pub(super) fn text(&self, file: &str) -> Result<String, EngineError> {
         match self.read(file) {
             Err(error) if error.is_not_found() => Ok(String::new()),
             other => other,
@@ -102,6 +143,9 @@ impl Cgroup {
             rootfs_used_bytes: bytes,
             rootfs_used_inodes: inodes,
             oom_kills: self.oom_kills()?,
+            // A kernel without it has the files all the same, and refuses to read them.
+            pressure: ["cpu.pressure", "memory.pressure", "io.pressure"]
+                .map(|file| Pressure::parse(&self.read(file).ok()?)),
         })
     }
 }
@@ -146,6 +190,16 @@ mod tests {
         assert_eq!(keyed(text, "user_usec"), 7);
         assert_eq!(keyed(text, "oom_kill"), 0);
         assert_eq!(keyed(text, "missing"), 0);
+    }
+
+    #[test]
+    fn pressure() {
+        let text = "some avg10=1.50 avg60=0.00 avg300=0.25 total=99\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=7\n";
+        let pressure = Pressure::parse(text).unwrap();
+        assert_eq!(pressure.some.averages, [1.5, 0.0, 0.25]);
+        assert_eq!((pressure.some.total_us, pressure.full.total_us), (99, 7));
+        assert_eq!(Pressure::parse("some avg10=x"), None);
+        assert_eq!(Pressure::parse(""), None);
     }
 
     #[test]

@@ -20,7 +20,7 @@ const MAX_INTERFACES: usize = 64;
 /// The pod is not ready, or its agent did not answer.
 // must-test: one slow stats read holds a global lock and stalls the agent
 pub async fn pod(context: &Arc<Context>, pod: &Arc<Pod>) -> Result<cri::PodSandboxStats, CriError> {
-    let answer = ask(pod, Vec::new()).await?;
+    let answer = ask(pod, Vec::new(), false).await?;
     let containers = of_containers(context, pod, &answer);
     let record = pod.record();
     let sandbox = answer.sandbox.unwrap_or_default();
@@ -87,7 +87,7 @@ pub async fn container(container: &Arc<Container>) -> Result<cri::ContainerStats
             container.id
         )));
     }
-    let answer = ask(&container.pod, vec![container.id.clone()]).await?;
+    let answer = ask(&container.pod, vec![container.id.clone()], false).await?;
     let found = answer
         .containers
         .iter()
@@ -103,7 +103,7 @@ pub async fn list(
 ) -> Vec<cri::ContainerStats> {
     let pods = context.registry.pods();
     let asked = pods.iter().filter(|pod| pod.ready().is_ok()).map(|pod| async move {
-        match ask(pod, Vec::new()).await {
+        match ask(pod, Vec::new(), false).await {
             Ok(answer) => of_containers(context, pod, &answer),
             Err(error) => {
                 tracing::warn!(pod = pod.id, %error, "the pod told nothing of its resource use");
@@ -124,16 +124,48 @@ pub async fn list(
         .collect()
 }
 
-async fn ask(pod: &Pod, container_ids: Vec<String>) -> Result<agent::StatsResponse, CriError> {
+/// Asks a pod's agent for the use of these containers, or of all; `detail` for what only metrics tell.
+///
+/// # Errors
+/// The pod is not ready, or its agent did not answer.
+pub async fn ask(
+    pod: &Pod,
+    container_ids: Vec<String>,
+    detail: bool,
+) -> Result<agent::StatsResponse, CriError> {
     let sandbox = pod.ready()?;
     let mut client = sandbox.agent();
     guest::call(
         sandbox.as_ref(),
         "tell its resource use",
         guest::QUICK,
-        client.stats(agent::StatsRequest { container_ids }),
+        client.stats(agent::StatsRequest {
+            container_ids,
+            detail,
+        }),
     )
     .await
+}
+
+/// The pod's running containers, each with what its agent told of it.
+pub fn running<'a>(
+    context: &Context,
+    pod: &Pod,
+    told: &'a [agent::ContainerStats],
+) -> impl Iterator<Item = (Arc<Container>, &'a agent::ContainerStats)> {
+    let by_id: HashMap<_, _> = told
+        .iter()
+        .map(|stats| (stats.container_id.as_str(), stats))
+        .collect();
+    context
+        .registry
+        .containers_of(&pod.id)
+        .into_iter()
+        .filter(|container| container.state() == ContainerState::Running)
+        .filter_map(move |container| {
+            let stats = by_id.get(container.id.as_str())?;
+            Some((container, *stats))
+        })
 }
 
 fn of_containers(
@@ -141,21 +173,8 @@ fn of_containers(
     pod: &Pod,
     answer: &agent::StatsResponse,
 ) -> Vec<cri::ContainerStats> {
-    let by_id: HashMap<_, _> = answer
-        .containers
-        .iter()
-        .map(|stats| (stats.container_id.as_str(), stats))
-        .collect();
-    context
-        .registry
-        .containers_of(&pod.id)
-        .iter()
-        .filter(|container| container.state() == ContainerState::Running)
-        .filter_map(|container| {
-            by_id
-                .get(container.id.as_str())
-                .map(|stats| convert(container, stats))
-        })
+    running(context, pod, &answer.containers)
+        .map(|(container, stats)| convert(&container, stats))
         .collect()
 }
 
@@ -174,7 +193,10 @@ fn convert(container: &Container, stats: &agent::ContainerStats) -> cri::Contain
             labels: config.labels,
             annotations: config.annotations,
         }),
-        cpu: Some(cpu(at, stats.cpu_usage_ns, &container.cpu)),
+        cpu: Some(cri::CpuUsage {
+            psi: stats.cpu_pressure.as_ref().map(psi),
+            ..cpu(at, stats.cpu_usage_ns, &container.cpu)
+        }),
         memory: Some(cri::MemoryUsage {
             timestamp: at,
             working_set_bytes: value(stats.memory_working_set_bytes),
@@ -183,7 +205,7 @@ fn convert(container: &Container, stats: &agent::ContainerStats) -> cri::Contain
             rss_bytes: value(stats.memory_rss_bytes),
             page_faults: value(stats.memory_page_faults),
             major_page_faults: value(stats.memory_major_page_faults),
-            psi: None,
+            psi: stats.memory_pressure.as_ref().map(psi),
         }),
         writable_layer: Some(cri::FilesystemUsage {
             timestamp: at,
@@ -196,7 +218,25 @@ fn convert(container: &Container, stats: &agent::ContainerStats) -> cri::Contain
             swap_available_bytes: None,
             swap_usage_bytes: value(stats.swap_usage_bytes),
         }),
-        io: None,
+        io: Some(cri::IoUsage {
+            timestamp: at,
+            psi: stats.io_pressure.as_ref().map(psi),
+        }),
+    }
+}
+
+fn psi(pressure: &agent::Pressure) -> cri::PsiStats {
+    let data = |line: &Option<agent::PressureLine>| {
+        line.as_ref().map(|line| cri::PsiData {
+            total: line.total_us,
+            avg10: line.avg10,
+            avg60: line.avg60,
+            avg300: line.avg300,
+        })
+    };
+    cri::PsiStats {
+        full: data(&pressure.full),
+        some: data(&pressure.some),
     }
 }
 
@@ -230,7 +270,8 @@ fn value(value: u64) -> Option<cri::UInt64Value> {
     Some(cri::UInt64Value { value })
 }
 
-fn timestamp(nanoseconds: u64) -> i64 {
+/// A guest's time as the interface has it.
+pub fn timestamp(nanoseconds: u64) -> i64 {
     i64::try_from(nanoseconds).unwrap_or(i64::MAX)
 }
 

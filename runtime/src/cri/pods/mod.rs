@@ -3,6 +3,7 @@
 mod dns;
 mod recover;
 mod remove;
+mod resize;
 mod run;
 mod size;
 mod stop;
@@ -13,6 +14,7 @@ use caisson_proto::cri;
 
 pub use recover::recover;
 pub use remove::remove;
+pub use resize::resize;
 pub use run::{hostname, run};
 pub use stop::stop;
 pub use view::{item, status};
