@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes stand-ins of the images that the CRI conformance suite asks for, in a registry's storage.
+"""Makes stand-ins of the images that the CRI conformance suite and a kubelet ask for, in a registry's storage.
 
     tests/critest/images.py DIR
 
@@ -232,9 +232,9 @@ def make(images, work):
     base.file("etc/passwd", passwd).file("etc/group", group).file("etc/shadow", "root:*:::::::\n", 0o640)
     base.file("etc/nsswitch.conf", "passwd: files\ngroup: files\nhosts: files dns\n")
     with_libraries(base, tree, "bin/busybox", busybox)
-    for applet in set(output(busybox, "--list").split()) - {"busybox", "[[", "pgrep", "ipcs"}:
+    for applet in set(output(busybox, "--list").split()) - {"busybox", "[[", "pgrep", "ipcs", "health"}:
         base.hard_link(f"bin/{applet}", "bin/busybox")
-    base.copy("bin/pgrep", tools).hard_link("bin/ipcs", "bin/pgrep")
+    base.copy("bin/pgrep", tools).hard_link("bin/ipcs", "bin/pgrep").hard_link("bin/health", "bin/pgrep")
 
     def mark(text):
         return Layer().file("etc/test-image", text + "\n")

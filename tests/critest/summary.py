@@ -4,7 +4,8 @@
     tests/critest/summary.py HANDLER EXCEPTIONS REPORT
 
 REPORT is what ginkgo's --json-report wrote. Each spec is printed with its state, failures and skips with their reason.
-Status 1 if a spec failed that EXCEPTIONS does not list for HANDLER, if a listed one passed, or if none ran.
+Status 1 if a spec failed or skipped itself that EXCEPTIONS does not list for HANDLER, if a listed one passed, or if none
+ran.
 """
 
 import json
@@ -43,7 +44,7 @@ def tidy(message):
 
 
 def exceptions(path, handler):
-    """Reason by name."""
+    """Reason by name, where a name may end in * for all that begin so."""
     found = {}
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -58,29 +59,36 @@ def exceptions(path, handler):
     return found
 
 
+def why_excepted(excepted, name):
+    """The reason why this spec need not pass, or None."""
+    for pattern, reason in excepted.items():
+        if name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1])):
+            return reason
+    return None
+
+
 def main():
     if len(sys.argv) != 4:
         sys.exit(__doc__)
     handler, excepted = sys.argv[1], exceptions(sys.argv[2], sys.argv[1])
     found, filtered = specs(sys.argv[3])
     by_state = {state: [] for state in ("passed", "skipped", "pending", "failed")}
-    wrong = 0
+    wrong = []
     for name, (state, seconds, message) in sorted(found.items()):
         by_state[state].append(name)
-        if state == "failed" and name in excepted:
-            note = f": an exception ({excepted[name]})"
-        elif state == "failed":
-            wrong += 1
-            note = f": {message}"
-        elif state == "passed" and name in excepted:
-            wrong += 1
+        reason, note = why_excepted(excepted, name), f": {message}" if message else ""
+        if state == "passed" and reason:
+            wrong.append(name)
             note = ": it is listed as an exception; take it off the list"
-        else:
-            note = f": {message}" if message else ""
+        elif state != "passed" and reason:
+            note = f": an exception: {reason}"
+        elif state != "passed":
+            wrong.append(name)
+            state = state.upper()
         print(f"{state:8}{seconds:7.1f} s  {name}{note}")
     counts = ", ".join(f"{len(names)} {state}" for state, names in by_state.items() if names)
-    print(f"critest, handler {handler}: {counts or 'no spec ran'}; {filtered} filtered out; {wrong} not as expected")
-    sys.exit(1 if wrong or not by_state["passed"] + by_state["failed"] else 0)
+    print(f"critest, handler {handler}: {counts or 'no spec ran'}; {filtered} filtered out; {len(wrong)} not as expected")
+    sys.exit(1 if wrong or not found else 0)
 
 
 main()
