@@ -119,6 +119,8 @@ tear_down_node() {
     kill "${jobs[job]}" 2>/dev/null || true
     wait "${jobs[job]}" 2>/dev/null || true
   done
+  # What a failed test left mounted, the deepest first.
+  cut -d' ' -f5 /proc/self/mountinfo | { grep -e "^$state/" -e "^$run/" || true; } | tac | xargs -r umount -l 2>/dev/null || true
   ip link delete "$bridge" 2>/dev/null || true
   rmdir /sys/fs/cgroup/caisson-node 2>/dev/null || true
   rm -rf --one-file-system "$state" "$run"
