@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Runs a kubelet with static pods against a daemon and checks what it makes of them.
 
-    tests/kubelet/check.py KUBELET SOCKET DIR
+    tests/kubelet/check.py KUBELET SOCKET DIR LOG
 
-KUBELET is the program, SOCKET the daemon's, DIR a directory for the kubelet's files. There is no API server: what the
+KUBELET is the program, SOCKET the daemon's, DIR a directory for the kubelet's files, LOG what it has to say. There is no API server: what the
 kubelet thinks of its pods is asked from its own endpoints. Every wait has a bound; prints a line a check; status 1 if one
 failed. scripts/kubelet-check prepares the node and calls this.
 """
@@ -45,6 +45,7 @@ syncFrequency: 5s
 containerLogMaxSize: 16Ki
 containerLogMaxFiles: 40
 containerLogMonitorInterval: 3s
+featureGates: {{ PodAndContainerStatsFromCRI: true }}
 evictionHard: {{ memory.available: 50Mi, nodefs.available: 1%, imagefs.available: 1% }}
 """
 
@@ -152,8 +153,8 @@ def expect(condition, text):
 class Node:
     """The kubelet and what it says."""
 
-    def __init__(self, program, socket, directory):
-        self.program, self.dir = program, directory
+    def __init__(self, program, socket, directory, log):
+        self.program, self.dir, self.said = program, directory, log
         self.manifests, self.host = f"{directory}/manifests", f"{directory}/host"
         for name in (self.manifests, f"{directory}/plugins", f"{directory}/root", f"{self.host}/below"):
             os.makedirs(name)
@@ -169,7 +170,7 @@ class Node:
             file.write(text)
 
     def start(self):
-        with open(f"{self.dir}/kubelet.log", "ab") as log:
+        with open(self.said, "ab") as log:
             self.process = subprocess.Popen(
                 [self.program, f"--config={self.dir}/config.yaml", f"--root-dir={self.dir}/root",
                  f"--cert-dir={self.dir}/pki", f"--hostname-override={NODE}", "--v=2"], stdout=log, stderr=log)
@@ -356,7 +357,7 @@ def wait(node, name, check):
 
 
 def main():
-    if len(sys.argv) != 4:
+    if len(sys.argv) != 5:
         sys.exit(__doc__)
     node = Node(*sys.argv[1:])
     node.start()
