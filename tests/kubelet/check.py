@@ -24,7 +24,7 @@ PORT, HOST_PORT = 10250, 18081
 IMAGE = "registry.k8s.io/e2e-test-images/busybox:1.29-2"
 NODE = "static-node"
 # Seconds; the machine may be an emulated one.
-PATIENCE = 420
+PATIENCE = 900
 
 CONFIG = """\
 apiVersion: kubelet.config.k8s.io/v1beta1
