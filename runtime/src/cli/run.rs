@@ -227,6 +227,10 @@ fn resources(args: &RunArgs) -> cri::LinuxContainerResources {
 fn container_config(args: &RunArgs, name: &str) -> cri::ContainerConfig {
     let mut security = args.user.clone().unwrap_or_default();
     security.readonly_rootfs = args.read_only;
+    security.seccomp = Some(cri::SecurityProfile {
+        profile_type: cri::security_profile::ProfileType::RuntimeDefault.into(),
+        ..cri::SecurityProfile::default()
+    });
     // A pod of one container: nobody to share the process namespace with.
     security.namespace_options = Some(cri::NamespaceOption {
         pid: cri::NamespaceMode::Container.into(),

@@ -10,6 +10,9 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use crate::engine::spec::{DeviceRule, SpecError};
 
+/// How often a program is offered to the kernel that it was too busy to check.
+const LOAD_TRIES: u32 = 64;
+
 // Of linux/bpf.h.
 const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_PROG_ATTACH: libc::c_long = 8;
@@ -219,16 +222,26 @@ fn bpf<T>(command: libc::c_long, attributes: &T) -> io::Result<i32> {
 /// # Errors
 /// The kernel's.
 pub(super) fn attach(group: BorrowedFd<'_>, program: &[u64]) -> io::Result<()> {
-    let loaded = bpf(
-        BPF_PROG_LOAD,
-        &LoadAttributes {
-            program_type: BPF_PROG_TYPE_CGROUP_DEVICE,
-            count: program.len() as u32,
-            instructions: program.as_ptr() as u64,
-            license: c"Apache-2.0".as_ptr() as u64,
-            ..LoadAttributes::default()
-        },
-    )?;
+    let load = || {
+        bpf(
+            BPF_PROG_LOAD,
+            &LoadAttributes {
+                program_type: BPF_PROG_TYPE_CGROUP_DEVICE,
+                count: program.len() as u32,
+                instructions: program.as_ptr() as u64,
+                license: c"Apache-2.0".as_ptr() as u64,
+                ..LoadAttributes::default()
+            },
+        )
+    };
+    // A signal in the middle of its check, such as that of another container's end, makes the kernel give up.
+    let mut tries = LOAD_TRIES;
+    let loaded = loop {
+        match load() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && tries > 1 => tries -= 1,
+            done => break done?,
+        }
+    };
     // SAFETY: the kernel just made this descriptor for us.
     let loaded = unsafe { OwnedFd::from_raw_fd(loaded) };
     bpf(

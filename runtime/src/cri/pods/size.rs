@@ -7,6 +7,9 @@ use crate::config::MicroVmConfig;
 const MAX_VCPUS: u64 = 32;
 const MAX_MEMORY_MIB: u64 = 1 << 20;
 const MIB: u64 = 1 << 20;
+/// MiB of the overhead that a RuntimeClass names which are the pod process's own and not the guest's: both count
+/// against the same limit of the pod's cgroup.
+const PROCESS_MIB: u64 = 32;
 
 /// Virtual CPUs and MiB of memory for a pod: its limits, or the configured size where it has none. The guest's own
 /// needs come on top of a limit, so that the pod can use all that it was promised.
@@ -28,7 +31,8 @@ pub fn machine(config: &cri::PodSandboxConfig, defaults: &MicroVmConfig) -> (u8,
         limit => {
             let named = u64::try_from(overhead.memory_limit_in_bytes)
                 .unwrap_or(0)
-                .div_ceil(MIB);
+                .div_ceil(MIB)
+                .saturating_sub(PROCESS_MIB);
             limit
                 .div_ceil(MIB)
                 .saturating_add(named.max(u64::from(defaults.overhead_mib)))
@@ -72,6 +76,14 @@ mod tests {
             machine(&pod(50_000, 100_000, 256 << 20), &defaults),
             (1, 384)
         );
+        for (overhead, memory) in [(160, 384), (512, 736), (0, 384)] {
+            let mut config = pod(0, 0, 256 << 20);
+            config.linux.as_mut().unwrap().overhead = Some(cri::LinuxContainerResources {
+                memory_limit_in_bytes: overhead << 20,
+                ..Default::default()
+            });
+            assert_eq!(machine(&config, &defaults), (2, memory));
+        }
         assert_eq!(machine(&pod(-1, 100_000, -5), &defaults), (2, 512));
         assert_eq!(
             machine(&pod(i64::MAX, 1, i64::MAX), &defaults),

@@ -144,7 +144,7 @@ pub(super) mod tests {
             privileged: true,
             ..Default::default()
         });
-        for config in [config(), privileged] {
+        for config in [config(), confined(), privileged] {
             let ours = built(&config).unwrap();
             let theirs: oci_spec::runtime::Spec = serde_json::from_value(ours.clone()).unwrap();
             assert_subset(&ours, &serde_json::to_value(theirs).unwrap(), "spec");
@@ -165,9 +165,20 @@ pub(super) mod tests {
         }
     }
 
+    /// As a kubelet with `seccompDefault` asks.
+    fn confined() -> cri::ContainerConfig {
+        with_security(cri::LinuxContainerSecurityContext {
+            seccomp: Some(cri::SecurityProfile {
+                profile_type: cri::security_profile::ProfileType::RuntimeDefault as i32,
+                ..Default::default()
+            }),
+            ..Default::default()
+        })
+    }
+
     #[test]
     fn a_plain_container_is_confined() {
-        let spec = built(&config()).unwrap();
+        let spec = built(&confined()).unwrap();
         assert_eq!(spec["root"]["path"], "rootfs");
         assert_eq!(spec["linux"]["seccomp"]["defaultAction"], "SCMP_ACT_ERRNO");
         assert!(

@@ -210,7 +210,8 @@ pub fn seccomp_file(security: &cri::LinuxContainerSecurityContext) -> Option<Str
     path.strip_prefix("localhost/").map(str::to_owned)
 }
 
-/// Which seccomp profile holds; `None`: none. A configuration that says nothing gets the runtime's own.
+/// Which seccomp profile holds; `None`: none. As CRI has it, a configuration that says nothing is unconfined; a kubelet
+/// with `seccompDefault` asks for RuntimeDefault by name, and so does `caisson run`.
 ///
 /// # Errors
 /// INVALID_ARGUMENT for a profile that is named and not there, or a type that is not known.
@@ -237,10 +238,8 @@ pub fn seccomp_choice(
                 profile.profile_type
             ))),
         },
-        None if path == "unconfined" => Ok(None),
-        None if path.is_empty() || path == "runtime/default" || path == "docker/default" => {
-            Ok(Some(Seccomp::Default))
-        }
+        None if path.is_empty() || path == "unconfined" => Ok(None),
+        None if path == "runtime/default" || path == "docker/default" => Ok(Some(Seccomp::Default)),
         None => Err(CriError::invalid(format!(
             "the seccomp profile {path} is not known; use runtime/default, unconfined or localhost/PATH"
         ))),
@@ -366,10 +365,7 @@ mod tests {
             Some(Seccomp::Given(given))
         );
         let plain = cri::LinuxContainerSecurityContext::default();
-        assert_eq!(
-            seccomp_choice(&plain, None).unwrap(),
-            Some(Seccomp::Default)
-        );
+        assert_eq!(seccomp_choice(&plain, None).unwrap(), None);
         let error = built(&with_security(cri::LinuxContainerSecurityContext {
             apparmor: Some(cri::SecurityProfile {
                 profile_type: ProfileType::Localhost as i32,
