@@ -156,6 +156,16 @@ async fn lists_and_stats_know_the_containers() {
         [&container.id]
     );
 
+    let request = cri::ContainerStatusRequest {
+        container_id: container.id.clone(),
+        verbose: false,
+    };
+    let status = runtime.container_status(request).await.unwrap();
+    let user = status.into_inner().status.unwrap().user.unwrap();
+    let user = user.linux.unwrap();
+    assert_eq!((user.uid, user.gid), (0, 0));
+    assert!(user.supplemental_groups.contains(&0));
+
     // must-test: metrics missing or zero.
     let request = cri::ContainerStatsRequest {
         container_id: container.id.clone(),

@@ -253,6 +253,22 @@ impl Container {
         self.pid
     }
 
+    /// User, group and supplementary groups of the first process, as the kernel has them: whatever names the spec has
+    /// are resolved by then. `None` once the process has ended.
+    #[must_use]
+    pub fn identity(&self) -> Option<(u32, u32, Vec<u32>)> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).ok()?;
+        let numbers = |name: &str| -> Option<Vec<u32>> {
+            let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+            Some(line.split_whitespace().flat_map(str::parse).collect())
+        };
+        Some((
+            *numbers("Uid:")?.first()?,
+            *numbers("Gid:")?.first()?,
+            numbers("Groups:")?,
+        ))
+    }
+
     /// Sends a signal to the first process; one that has ended is not an error.
     ///
     /// # Errors

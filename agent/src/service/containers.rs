@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use caisson_proto::agent::CreateContainerRequest;
+use caisson_proto::agent::{CreateContainerRequest, CreateContainerResponse, ProcessUser};
 
 use super::blocking;
 use super::container::{Container, Phase, Process};
@@ -17,8 +17,11 @@ use crate::{info, warn};
 
 const LAYERS_MAX: usize = 127;
 
-/// Makes a container and gives its process's PID.
-pub async fn create(pod: Arc<Pod>, request: CreateContainerRequest) -> Result<i32, ServiceError> {
+/// Makes a container and tells its process's PID and user.
+pub async fn create(
+    pod: Arc<Pod>,
+    request: CreateContainerRequest,
+) -> Result<CreateContainerResponse, ServiceError> {
     let id = request.container_id.clone();
     let reservation = pod.reserve(&id)?;
     let layers = request
@@ -36,6 +39,7 @@ pub async fn create(pod: Arc<Pod>, request: CreateContainerRequest) -> Result<i3
     let exit = window.claim(init.pid);
     drop(window);
     let pid = init.pid;
+    let user = engine.identity();
     let container = Container::new(id, engine, init);
     if let Some(oom) = &pod.oom {
         oom.add(&container);
@@ -43,7 +47,8 @@ pub async fn create(pod: Arc<Pod>, request: CreateContainerRequest) -> Result<i3
     exits::watch_init(pod.clone(), container.clone(), exit);
     info!("container {} created, process {pid}", container.id);
     reservation.fulfil(container);
-    Ok(pid)
+    let user = user.map(|(uid, gid, groups)| ProcessUser { uid, gid, groups });
+    Ok(CreateContainerResponse { pid, user })
 }
 
 /// The blocking part of [`create`]: undone as a whole if a step of it fails.

@@ -137,8 +137,8 @@ impl Agent for Service {
         &self,
         request: Request<CreateContainerRequest>,
     ) -> Answer<CreateContainerResponse> {
-        let pid = detached(containers::create(self.pod.clone(), request.into_inner())).await?;
-        Ok(Response::new(CreateContainerResponse { pid }))
+        let made = detached(containers::create(self.pod.clone(), request.into_inner())).await?;
+        Ok(Response::new(made))
     }
 
     async fn start_container(

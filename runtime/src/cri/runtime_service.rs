@@ -98,7 +98,7 @@ impl RuntimeService for Service {
             // The empty name stands for the default handler.
             runtime_handlers: std::iter::once("").chain(names).map(handler).collect(),
             features: Some(cri::RuntimeFeatures {
-                supplemental_groups_policy: false,
+                supplemental_groups_policy: true,
                 ..Default::default()
             }),
         })

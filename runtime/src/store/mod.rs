@@ -13,7 +13,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 pub use records::{
-    ContainerRecord, ContainerState, NetworkRecord, Proto, SandboxRecord, SandboxState,
+    ContainerRecord, ContainerState, NetworkRecord, Proto, SandboxRecord, SandboxState, UserRecord,
 };
 
 type Table = TableDefinition<'static, &'static str, &'static [u8]>;

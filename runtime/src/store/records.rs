@@ -102,6 +102,17 @@ pub enum ContainerState {
     Removing,
 }
 
+/// User, group and supplementary groups of a container's process.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct UserRecord {
+    /// User.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Supplementary groups.
+    pub groups: Vec<u32>,
+}
+
 /// A container.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ContainerRecord {
@@ -143,4 +154,7 @@ pub struct ContainerRecord {
     pub process: serde_json::Value,
     /// Its process in the guest's PID namespace; 0: none yet.
     pub guest_pid: i32,
+    /// Whom it runs as; `None` as long as nobody knows.
+    #[serde(default)]
+    pub user: Option<UserRecord>,
 }

@@ -71,7 +71,7 @@ pub(super) fn resolve(user: &User, root: &Path) -> Result<User, String> {
     // The primary group is among the others too: a program that drops it must not gain what it was denied by it.
     let mut all = vec![gid];
     all.extend(&user.additional_gids);
-    if let Some(account) = &account {
+    if let Some(account) = account.as_ref().filter(|_| !user.strict_groups) {
         all.extend(groups.lines().filter_map(|line| {
             let (_, gid, members) = member_list(line)?;
             members
@@ -89,6 +89,7 @@ pub(super) fn resolve(user: &User, root: &Path) -> Result<User, String> {
         additional_gids: all,
         username: String::new(),
         umask: user.umask,
+        strict_groups: user.strict_groups,
     })
 }
 
@@ -168,6 +169,18 @@ mod tests {
         assert_eq!(resolved("4242", &[]).unwrap(), (4242, 0, vec![0]));
         assert!(resolved("nobody", &[]).unwrap_err().contains("nobody"));
         assert!(resolved("web:none", &[]).unwrap_err().contains("none"));
+    }
+
+    #[test]
+    fn a_strict_policy_leaves_out_the_groups_of_the_image() {
+        let user = User {
+            username: "web".into(),
+            additional_gids: vec![7],
+            strict_groups: true,
+            ..User::default()
+        };
+        let resolved = resolve(&user, root().path()).unwrap();
+        assert_eq!((resolved.gid, resolved.additional_gids), (34, vec![34, 7]));
     }
 
     #[test]

@@ -68,6 +68,13 @@ pub struct User {
     /// `user[:group]`, each a name or a number, to be looked up in the container's own files; it takes the place of
     /// `uid` and `gid`. The host cannot look into an image's files, so it hands over what the image says.
     pub username: String,
+    /// Only the groups named here: those that list the user in the container's `/etc/group` are left out. It is not in
+    /// the specification, which has no word for CRI's `supplemental_groups_policy: Strict`.
+    #[serde(
+        rename = "caissonStrictGroups",
+        skip_serializing_if = "std::ops::Not::not"
+    )]
+    pub strict_groups: bool,
 }
 
 /// Capability sets by name, such as `CAP_CHOWN`.

@@ -12,10 +12,12 @@ use super::super::{Context, CriError, guest, new_id, pods};
 use super::volumes;
 use crate::image::Image;
 use crate::sandbox::Sandbox;
-use crate::store::{ContainerRecord, ContainerState, Proto};
+use crate::store::{ContainerRecord, ContainerState, Proto, UserRecord};
 
 /// The most bytes of a seccomp profile.
 const MAX_PROFILE: u64 = 1 << 20;
+/// The most supplementary groups that are taken from a guest's word.
+const MAX_GROUPS: usize = 1024;
 
 /// Makes a container and returns its ID. If a step fails, everything is taken back.
 ///
@@ -126,6 +128,7 @@ fn record(
         stop_signal,
         process: Value::Null,
         guest_pid: 0,
+        user: None,
     })
 }
 
@@ -214,6 +217,11 @@ async fn make(
     container.change(|record| {
         record.process = process;
         record.guest_pid = made.pid;
+        record.user = made.user.map(|user| UserRecord {
+            uid: user.uid,
+            gid: user.gid,
+            groups: user.groups.into_iter().take(MAX_GROUPS).collect(),
+        });
         record.state = ContainerState::Created;
     });
     context.registry.save_container(container).await

@@ -76,7 +76,13 @@ pub fn status(record: &ContainerRecord) -> cri::ContainerStatus {
             windows: None,
         }),
         image_id: record.image_id.clone(),
-        user: None,
+        user: record.user.as_ref().map(|user| cri::ContainerUser {
+            linux: Some(cri::LinuxContainerUser {
+                uid: user.uid.into(),
+                gid: user.gid.into(),
+                supplemental_groups: user.groups.iter().map(|gid| i64::from(*gid)).collect(),
+            }),
+        }),
         stop_signal: signal::to_cri(record.stop_signal) as i32,
     }
 }

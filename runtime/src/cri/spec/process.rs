@@ -135,7 +135,11 @@ fn user(security: &cri::LinuxContainerSecurityContext, image: &str) -> Result<Va
         .iter()
         .map(|gid| id("supplemental_groups", *gid))
         .collect::<Result<Vec<_>, _>>()?;
-    user_value(if text.is_empty() { "0" } else { &text }, &groups)
+    let mut user = user_value(if text.is_empty() { "0" } else { &text }, &groups)?;
+    if security.supplemental_groups_policy() == cri::SupplementalGroupsPolicy::Strict {
+        user["caissonStrictGroups"] = true.into();
+    }
+    Ok(user)
 }
 
 fn user_value(text: &str, groups: &[u32]) -> Result<Value, CriError> {
@@ -337,6 +341,13 @@ mod tests {
         assert_eq!(both["username"], "1000:2000");
         assert_eq!((&both["uid"], &both["gid"]), (&json!(1000), &json!(2000)));
         assert_eq!(both["additionalGids"], json!([7]));
+        assert_eq!(both.get("caissonStrictGroups"), None);
+        let mut strict = security(Some(1000), None);
+        strict.supplemental_groups_policy = cri::SupplementalGroupsPolicy::Strict.into();
+        assert_eq!(
+            super::user(&strict, "").unwrap()["caissonStrictGroups"],
+            true
+        );
         assert!(of(None, Some(1), "").is_err());
         assert!(of(Some(-1), None, "").is_err());
         assert!(of(Some(i64::from(u32::MAX)), None, "").is_err());

@@ -107,11 +107,6 @@ pub fn check_container(
             "the configuration has a windows section, and this is a Linux runtime",
         ));
     }
-    if security.supplemental_groups_policy() == cri::SupplementalGroupsPolicy::Strict {
-        return Err(CriError::unimplemented(
-            "supplemental_groups_policy Strict is not supported; use Merge",
-        ));
-    }
     let local_apparmor = security
         .apparmor
         .as_ref()
