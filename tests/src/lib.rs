@@ -4,6 +4,7 @@
 //! `scripts/demo-image`. A machine on which KVM does not work is no place for these tests: [`Node::start`] says
 //! "skipped" with the reason there; `scripts/test` runs them in the KVM lab instead.
 
+pub mod alpha;
 mod leaks;
 mod logs;
 mod node;

@@ -34,6 +34,13 @@ pub struct NodeOptions {
     pub no_image: bool,
 }
 
+type Clients = (
+    RuntimeServiceClient<Channel>,
+    ImageServiceClient<Channel>,
+    CliClient<Channel>,
+    Channel,
+);
+
 /// A running daemon. Dropping it ends the daemon and every pod process.
 pub struct Node {
     /// CRI's pods and containers.
@@ -42,6 +49,8 @@ pub struct Node {
     pub images: ImageServiceClient<Channel>,
     /// What the command line uses beside CRI.
     pub cli: CliClient<Channel>,
+    /// The connection under them, for other clients.
+    pub channel: Channel,
     dir: TempDir,
     state: TempDir,
     root: PathBuf,
@@ -83,11 +92,12 @@ impl Node {
             .unwrap_or_else(|| dir.path().join("root"));
         configure(dir.path(), state.path(), &root, &options);
         let daemon = spawn(dir.path(), options.hide_kvm);
-        let (runtime, images, cli) = clients(&state.path().join("caisson.sock"));
+        let (runtime, images, cli, channel) = clients(&state.path().join("caisson.sock"));
         let mut node = Self {
             runtime,
             images,
             cli,
+            channel,
             dir,
             state,
             root,
@@ -142,7 +152,8 @@ impl Node {
         self.daemon.kill().expect("the daemon is killed");
         self.daemon.wait().expect("the daemon is waited for");
         self.daemon = spawn(self.dir.path(), self.options.hide_kvm);
-        (self.runtime, self.images, self.cli) = clients(&self.state.path().join("caisson.sock"));
+        (self.runtime, self.images, self.cli, self.channel) =
+            clients(&self.state.path().join("caisson.sock"));
         self.wait_until_serving().await;
     }
 
@@ -229,24 +240,19 @@ fn build() -> PathBuf {
     named.expect("CAISSON_BUILD names the directory that scripts/build made")
 }
 
-fn clients(
-    socket: &Path,
-) -> (
-    RuntimeServiceClient<Channel>,
-    ImageServiceClient<Channel>,
-    CliClient<Channel>,
-) {
+/// A connection to the daemon, and the usual clients on it.
+fn clients(socket: &Path) -> Clients {
     let path = socket.to_owned();
     let connector = tower::service_fn(move |_: tonic::codegen::http::Uri| {
         let path = path.clone();
         async move { UnixStream::connect(path).await.map(TokioIo::new) }
     });
     let channel = Endpoint::from_static("http://caisson").connect_with_connector_lazy(connector);
-    let most = 64 << 20;
     (
-        RuntimeServiceClient::new(channel.clone()).max_decoding_message_size(most),
+        RuntimeServiceClient::new(channel.clone()).max_decoding_message_size(64 << 20),
         ImageServiceClient::new(channel.clone()),
-        CliClient::new(channel),
+        CliClient::new(channel.clone()),
+        channel,
     )
 }
 

@@ -4,9 +4,7 @@ use std::fs;
 
 use caisson_proto::cri;
 use caisson_tests::{Container, IMAGE, Node, Pod, read_log};
-use hyper_util::rt::TokioIo;
 use tonic::Code;
-use tonic::transport::{Channel, Endpoint};
 
 const SLEEP: &str = "exec sleep 1000";
 
@@ -71,7 +69,6 @@ async fn the_contract_with_a_kubelet_holds() {
     let Some(node) = Node::start().await else {
         return;
     };
-    old_clients_are_served(&node).await;
     let mut runtime = node.runtime.clone();
     let mut events = runtime
         .get_container_events(cri::GetEventsRequest {})
@@ -213,29 +210,4 @@ async fn the_contract_with_a_kubelet_holds() {
         ]
     );
     node.assert_nothing_left().await;
-}
-
-/// A kubelet of before Kubernetes 1.26 speaks v1alpha2.
-async fn old_clients_are_served(node: &Node) {
-    let socket = node.state().join("caisson.sock");
-    let connector = tower::service_fn(move |_| {
-        let socket = socket.clone();
-        async move {
-            let stream = tokio::net::UnixStream::connect(socket).await?;
-            Ok::<_, std::io::Error>(TokioIo::new(stream))
-        }
-    });
-    let channel: Channel =
-        Endpoint::from_static("http://caisson").connect_with_connector_lazy(connector);
-    let mut client = tonic::client::Grpc::new(channel);
-    client.ready().await.expect("a connection");
-    let path = "/runtime.v1alpha2.RuntimeService/Version".parse().unwrap();
-    let codec: tonic_prost::ProstCodec<cri::VersionRequest, cri::VersionResponse> =
-        tonic_prost::ProstCodec::default();
-    let request = tonic::Request::new(cri::VersionRequest::default());
-    let response = client
-        .unary(request, path, codec)
-        .await
-        .expect("v1alpha2 Version");
-    assert_eq!(response.into_inner().runtime_name, "caisson");
 }
