@@ -19,7 +19,7 @@ mod tokens;
 mod upgrade;
 pub mod websocket;
 
-pub use remotecommand::{Streams, TerminalSize};
+pub use remotecommand::{Resizes, Streams, TerminalSize};
 pub use server::{Endpoint, Listener};
 pub use stream::{Chunk, Closed, Gone, Input, Output};
 pub use tokens::{Request, TooMany, Wants};
