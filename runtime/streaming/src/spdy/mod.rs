@@ -7,10 +7,12 @@ mod connection;
 mod dictionary;
 pub mod frame;
 pub mod headers;
+mod table;
+mod tasks;
 
-pub(crate) use connection::Sender;
 pub use connection::{Connection, Role, Stream};
 pub use headers::Headers;
+pub(crate) use table::Sender;
 
 /// Why a connection cannot go on: the peer does not speak the protocol, or the transport broke.
 #[derive(Debug, thiserror::Error)]
