@@ -26,6 +26,7 @@ use crate::image::{ImageConfig, ImageError, Images};
 use crate::network::Network;
 use crate::sandbox::microvm::MicroVmConfig;
 use crate::store::{Store, StoreError};
+use crate::streaming::Backend;
 
 /// The largest request, as the kubelet's own limit.
 const MAX_REQUEST: usize = 16 << 20;
@@ -49,6 +50,16 @@ pub enum DaemonError {
         what: &'static str,
         /// On what.
         path: PathBuf,
+        /// Why it did not work.
+        cause: io::Error,
+    },
+    /// The streaming server's address cannot be had.
+    #[error(
+        "cannot listen on {address} for streaming: {cause}; set another streaming.address in the configuration"
+    )]
+    Streaming {
+        /// The address.
+        address: std::net::SocketAddr,
         /// Why it did not work.
         cause: io::Error,
     },
@@ -82,7 +93,11 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
     // Opened before the socket is touched: the store refuses a second daemon on the same root.
     let store = Store::open(&config.root.join("state.redb"))?;
     let images = Images::open(&config.root, image_config(&config))?;
+    let address = config.streaming.address;
+    let streaming = caisson_streaming::Listener::bind(address).await;
+    let streaming = streaming.map_err(|cause| DaemonError::Streaming { address, cause })?;
     let context = Arc::new(Context {
+        streaming: streaming.endpoint(),
         microvm: microvm_config(&config),
         registry: Registry::new(store),
         images,
@@ -100,6 +115,8 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
         tracing::info!(works = probe.works, "KVM: {}", probe.reason);
     });
 
+    tracing::info!(address = %context.streaming.address(), "streaming");
+    tokio::spawn(streaming.serve(Arc::new(Backend::new(context.clone()))));
     let socket = context.config.socket.clone();
     let listener = bind(&socket)?;
     let stop = stop_signal()?;

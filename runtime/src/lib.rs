@@ -13,5 +13,7 @@ pub mod doctor;
 pub mod image;
 pub mod network;
 pub mod sandbox;
+pub mod session;
 pub mod store;
+pub mod streaming;
 pub mod timings;

@@ -9,6 +9,7 @@ mod leaks;
 mod logs;
 mod node;
 mod pods;
+pub mod streaming;
 
 pub use leaks::Traces;
 pub use logs::{Line, read_log};

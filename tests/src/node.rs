@@ -157,6 +157,14 @@ impl Node {
         self.wait_until_serving().await;
     }
 
+    /// The daemon's resident memory in bytes.
+    pub fn daemon_memory(&self) -> u64 {
+        let statm = fs::read_to_string(format!("/proc/{}/statm", self.daemon.id()));
+        let statm = statm.expect("the daemon runs");
+        let pages: u64 = statm.split(' ').nth(1).unwrap().parse().expect("a number");
+        pages * 4096
+    }
+
     /// What the daemon has logged.
     pub fn daemon_log(&self) -> String {
         fs::read_to_string(self.dir.path().join("daemon.log")).unwrap_or_default()

@@ -50,6 +50,8 @@ pub struct ContainerOptions {
     pub mounts: Vec<cri::Mount>,
     /// Standard input is kept open.
     pub stdin: bool,
+    /// Standard input ends with the first client that attaches to it.
+    pub stdin_once: bool,
     /// A terminal.
     pub tty: bool,
     /// Containers of the pod share PIDs.
@@ -140,6 +142,7 @@ impl Node {
             mounts: options.mounts,
             log_path: format!("{name}.log"),
             stdin: options.stdin,
+            stdin_once: options.stdin_once,
             tty: options.tty,
             linux: Some(cri::LinuxContainerConfig {
                 resources: Some(cri::LinuxContainerResources {

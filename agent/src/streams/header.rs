@@ -22,7 +22,11 @@ pub enum Header {
         exec: Option<String>,
         /// Which stream.
         kind: Kind,
+        /// Of standard input: the end of the client's side leaves it open for the next client.
+        keep: bool,
     },
+    /// A connection to a port inside the pod, 1 to 65535.
+    Dial(u16),
     /// An orderly end of the guest.
     Shutdown,
 }
@@ -38,7 +42,7 @@ pub enum HeaderError {
     TooLong,
     /// Not a request.
     #[error(
-        "the header line is not \"STREAM <container> <exec or -> <stdin|stdout|stderr|tty>\" or \"SHUTDOWN\""
+        "the header line is not \"STREAM <container> <exec or -> <stdin|stdin keep|stdout|stderr|tty>\", \"DIAL <port>\" or \"SHUTDOWN\""
     )]
     Malformed,
     /// An id that cannot exist.
@@ -56,7 +60,15 @@ impl Header {
         let words: Vec<&str> = line.split(' ').collect();
         match words[..] {
             ["SHUTDOWN"] => Ok(Self::Shutdown),
-            ["STREAM", container, exec, kind] => {
+            ["DIAL", port] if !port.starts_with('+') => match port.parse() {
+                Ok(port @ 1..) => Ok(Self::Dial(port)),
+                _ => Err(HeaderError::Malformed),
+            },
+            ["STREAM", container, exec, kind] | ["STREAM", container, exec, kind, "keep"] => {
+                let keep = words.len() == 5;
+                if keep && kind != "stdin" {
+                    return Err(HeaderError::Malformed);
+                }
                 validate::container_id(container)?;
                 let exec = match exec {
                     "-" => None,
@@ -69,6 +81,7 @@ impl Header {
                     container: container.to_owned(),
                     exec,
                     kind: Kind::parse(kind).ok_or(HeaderError::Malformed)?,
+                    keep,
                 })
             }
             _ => Err(HeaderError::Malformed),
@@ -109,7 +122,8 @@ mod tests {
             Header::Stream {
                 container: "web-1".into(),
                 exec: None,
-                kind: Kind::Stdout
+                kind: Kind::Stdout,
+                keep: false
             }
         );
         assert_eq!(
@@ -117,9 +131,15 @@ mod tests {
             Header::Stream {
                 container: "web".into(),
                 exec: Some("e.1".into()),
-                kind: Kind::Tty
+                kind: Kind::Tty,
+                keep: false
             }
         );
+        assert!(matches!(
+            Header::parse(b"STREAM web - stdin keep").unwrap(),
+            Header::Stream { keep: true, .. }
+        ));
+        assert_eq!(Header::parse(b"DIAL 65535").unwrap(), Header::Dial(65_535));
     }
 
     #[test]
@@ -129,6 +149,14 @@ mod tests {
             b"SHUTDOWN ",
             b"STREAM a - out",
             b"STREAM a - stdout extra",
+            b"STREAM a - stdout keep",
+            b"STREAM a - stdin keep keep",
+            b"DIAL",
+            b"DIAL 0",
+            b"DIAL 65536",
+            b"DIAL +80",
+            b"DIAL 80 x",
+            b"DIAL localhost",
             b"STREAM  - stdout",
             b"STREAM ../a - stdout",
             b"STREAM a \xff stdout",

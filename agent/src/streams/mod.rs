@@ -1,5 +1,6 @@
-//! Standard streams, each on a raw connection of its own. The header of `agent.proto` is their protocol.
+//! Standard streams and connections to ports, each on a raw connection of its own. The header of `agent.proto` is their protocol.
 
+mod dial;
 mod endpoint;
 mod header;
 mod pump;
@@ -72,7 +73,8 @@ where
         Ok(Err(error)) => return refuse(&mut client, &error.to_string()).await,
         Err(_) => return refuse(&mut client, "no header line within 10 s").await,
     };
-    let (container, exec, kind) = match header.0 {
+    let (container, exec, kind, keep) = match header.0 {
+        Header::Dial(port) => return forward(client, port, &header.1).await,
         Header::Shutdown => {
             if client.write_all(b"OK\n").await.is_ok() {
                 let _ = client.shutdown().await;
@@ -84,7 +86,8 @@ where
             container,
             exec,
             kind,
-        } => (container, exec, kind),
+            keep,
+        } => (container, exec, kind, keep),
     };
     let endpoint = match processes.endpoint(&container, exec.as_deref(), kind) {
         Ok(endpoint) => endpoint,
@@ -100,12 +103,30 @@ where
     if client.write_all(b"OK\n").await.is_err() {
         return;
     }
-    pump::serve(turn, client).await;
+    pump::serve(turn, client, keep).await;
     debug!(
         "stream {container} {} {} served",
         exec.as_deref().unwrap_or("-"),
         kind.name()
     );
+}
+
+/// Connects a client with a port inside the pod.
+async fn forward<S>(mut client: S, port: u16, first: &[u8])
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let application = match dial::connect(port).await {
+        Ok(application) => application,
+        Err(reason) => return refuse(&mut client, &reason).await,
+    };
+    if client.write_all(b"OK\n").await.is_err() {
+        return;
+    }
+    match dial::serve(client, application, first).await {
+        Ok(()) => debug!("port {port} served"),
+        Err(error) => debug!("port {port}: {error}"),
+    }
 }
 
 async fn refuse(client: &mut (impl AsyncWrite + Unpin), reason: &str) {

@@ -20,8 +20,8 @@ enum End {
     Lost,
 }
 
-/// Serves one client until its stream or its connection ends.
-pub async fn serve<S: AsyncRead + AsyncWrite>(mut turn: Turn, client: S) {
+/// Serves one client until its stream or its connection ends. `keep` leaves a standard input open behind it.
+pub async fn serve<S: AsyncRead + AsyncWrite>(mut turn: Turn, client: S, keep: bool) {
     let (mut reader, mut writer) = tokio::io::split(client);
     let endpoint = turn.endpoint.clone();
     let Some(fd) = endpoint.fd() else {
@@ -52,8 +52,8 @@ pub async fn serve<S: AsyncRead + AsyncWrite>(mut turn: Turn, client: S) {
     drop(fd);
     match end {
         // A half-close reaches here for standard input only. For a pipe it is the process's end of file; a
-        // terminal's input stays open for the next one who types.
-        End::HalfClose if endpoint.is_terminal() => {
+        // terminal's input, and one that is kept, stay open for the next one who types.
+        End::HalfClose if keep || endpoint.is_terminal() => {
             drop(turn);
             let _ = writer.shutdown().await;
         }

@@ -241,3 +241,56 @@ async fn a_client_that_says_nothing_is_told_so() {
     let (_, answer) = connect(&processes, "STREAM c").await;
     assert_eq!(answer, "ERR no header line within 10 s");
 }
+
+#[tokio::test]
+async fn a_standard_input_that_is_kept_outlives_its_client() {
+    let (reader, writer) = pipe();
+    let processes = one(Kind::Stdin, writer);
+    let mut process = File::from(reader);
+    for word in ["one", "two"] {
+        let (mut client, answer) = connect(&processes, "STREAM c - stdin keep\n").await;
+        assert_eq!(answer, "OK");
+        client.write_all(word.as_bytes()).await.unwrap();
+        client.shutdown().await.unwrap();
+        assert_eq!(client.read(&mut [0; 1]).await.unwrap(), 0);
+    }
+    let (mut last, answer) = connect(&processes, "STREAM c - stdin\n").await;
+    assert_eq!(answer, "OK");
+    last.shutdown().await.unwrap();
+    assert_eq!(last.read(&mut [0; 1]).await.unwrap(), 0);
+    let mut all = String::new();
+    process.read_to_string(&mut all).unwrap();
+    assert_eq!(all, "onetwo");
+}
+
+#[tokio::test]
+async fn a_port_is_dialled_and_half_closes_pass() {
+    let (reader, _writer) = pipe();
+    let processes = one(Kind::Stdout, reader);
+    for address in ["127.0.0.1:0", "[::1]:0"] {
+        let listener = tokio::net::TcpListener::bind(address).await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let application = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut all = Vec::new();
+            stream.read_to_end(&mut all).await.unwrap();
+            all.make_ascii_uppercase();
+            stream.write_all(&all).await.unwrap();
+        });
+        let (mut client, answer) = connect(&processes, &format!("DIAL {port}\nfirst ")).await;
+        assert_eq!(answer, "OK", "{address}");
+        let rest = vec![b'x'; 2 << 20];
+        client.write_all(&rest).await.unwrap();
+        client.shutdown().await.unwrap();
+        let mut all = Vec::new();
+        client.read_to_end(&mut all).await.unwrap();
+        assert!(all.starts_with(b"FIRST XXX") && all.len() == 6 + rest.len());
+        application.await.unwrap();
+        // Nobody listens any more.
+        let (_, answer) = connect(&processes, &format!("DIAL {port}\n")).await;
+        assert!(
+            answer.starts_with("ERR cannot connect to 127.0.0.1:") && answer.contains("refused"),
+            "{answer}"
+        );
+    }
+}

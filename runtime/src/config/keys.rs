@@ -126,6 +126,11 @@ const KEYS: &[(&str, &str, &str)] = &[
         "mirrors",
         "Registries and the hosts asked first in their place: { \"docker.io\" = [\"mirror.example:5000\"] }.",
     ),
+    (
+        "streaming",
+        "address",
+        "Where exec, attach and port-forward are served (host:port); port 0 takes a free one. The URLs name it.",
+    ),
 ];
 
 /// The default configuration as a commented TOML file.

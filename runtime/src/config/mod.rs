@@ -6,6 +6,7 @@
 mod keys;
 
 use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -44,6 +45,8 @@ pub struct Config {
     pub cni: CniSettings,
     /// Images and registries.
     pub images: ImageSettings,
+    /// The server of exec, attach and port-forward.
+    pub streaming: StreamingSettings,
 }
 
 /// The kinds of sandbox.
@@ -106,6 +109,14 @@ pub struct ImageSettings {
     pub max_unpacked_gib: u32,
 }
 
+/// The server of exec, attach and port-forward.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct StreamingSettings {
+    /// Where it listens and what its URLs name; port 0 takes one that is free.
+    pub address: SocketAddr,
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -120,6 +131,15 @@ impl Default for Config {
             microvm: MicroVmConfig::default(),
             cni: CniSettings::default(),
             images: ImageSettings::default(),
+            streaming: StreamingSettings::default(),
+        }
+    }
+}
+
+impl Default for StreamingSettings {
+    fn default() -> Self {
+        Self {
+            address: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
         }
     }
 }
@@ -285,6 +305,12 @@ impl Config {
                 "the pod process never runs as root (uid and gid are not 0)",
             );
         }
+        if self.streaming.address.ip().is_unspecified() {
+            return value(
+                "streaming.address",
+                "URLs name it, so it must be one address that the kubelet can dial, such as 127.0.0.1:0",
+            );
+        }
         if !self.handlers.contains_key(&self.default_handler) {
             return value(
                 "default_handler",
@@ -398,6 +424,7 @@ mod tests {
             ("[microvm]\nmemory_mib = 1", "microvm.memory_mib"),
             ("[microvm]\nuid = 0", "microvm.uid"),
             ("root = \"relative\"", "root"),
+            ("[streaming]\naddress = \"0.0.0.0:1\"", "streaming.address"),
             ("default_handler = \"gvisor\"", "default_handler"),
         ] {
             let error = Config::parse(text, Path::new("x.toml")).unwrap_err();

@@ -121,6 +121,7 @@ impl From<SandboxError> for CriError {
         let code = match &error {
             SandboxError::Ended { .. } => Code::FailedPrecondition,
             SandboxError::Share { .. } => Code::InvalidArgument,
+            SandboxError::Dial { .. } => Code::Unavailable,
             SandboxError::Start { .. } | SandboxError::Control { .. } => Code::Internal,
         };
         Self::new(code, error.to_string())

@@ -43,6 +43,8 @@ pub struct Context {
     pub network: Network,
     /// Whether KVM works here.
     pub kvm: KvmProbe,
+    /// What issues streaming URLs.
+    pub streaming: caisson_streaming::Endpoint,
     /// The right to boot a guest.
     pub boots: tokio::sync::Semaphore,
 }

@@ -13,6 +13,7 @@ use tonic::{Request, Response, Status};
 use super::containers::{self, exec, log, stats};
 use super::registry::Event;
 use super::{Context, CriError, RUNTIME_NAME, conditions, detached, listing, metrics, pods};
+use crate::streaming;
 
 type Answer<T> = Result<Response<T>, Status>;
 
@@ -351,21 +352,22 @@ impl RuntimeService for Service {
         ok(Box::pin(events))
     }
 
-    async fn exec(&self, _: Request<cri::ExecRequest>) -> Answer<cri::ExecResponse> {
-        Err(later(
-            "Exec over a streaming URL (use ExecSync, or `caisson exec`)",
-        ))
+    async fn exec(&self, request: Request<cri::ExecRequest>) -> Answer<cri::ExecResponse> {
+        let url = streaming::exec(&self.context, request.into_inner())?;
+        ok(cri::ExecResponse { url })
     }
 
-    async fn attach(&self, _: Request<cri::AttachRequest>) -> Answer<cri::AttachResponse> {
-        Err(later("Attach over a streaming URL"))
+    async fn attach(&self, request: Request<cri::AttachRequest>) -> Answer<cri::AttachResponse> {
+        let url = streaming::attach(&self.context, request.into_inner())?;
+        ok(cri::AttachResponse { url })
     }
 
     async fn port_forward(
         &self,
-        _: Request<cri::PortForwardRequest>,
+        request: Request<cri::PortForwardRequest>,
     ) -> Answer<cri::PortForwardResponse> {
-        Err(later("PortForward"))
+        let url = streaming::port_forward(&self.context, request.into_inner())?;
+        ok(cri::PortForwardResponse { url })
     }
 
     async fn checkpoint_container(

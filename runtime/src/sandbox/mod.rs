@@ -57,6 +57,8 @@ pub struct Dns {
 pub enum StreamKind {
     /// Standard input; half-close ends it.
     Stdin,
+    /// Standard input; half-close leaves it open for the next client.
+    StdinKept,
     /// Standard output.
     Stdout,
     /// Standard error.
@@ -111,6 +113,16 @@ pub enum SandboxError {
         /// Why it did not work.
         cause: String,
     },
+    /// Nobody in the pod answers on a port.
+    #[error("port {port} of pod {id} cannot be reached: {cause}")]
+    Dial {
+        /// The pod's ID.
+        id: String,
+        /// The port.
+        port: u16,
+        /// Why.
+        cause: String,
+    },
     /// A file or directory of the host cannot be given to the pod.
     #[error("cannot share {path} with pod {id}: {cause}")]
     Share {
@@ -142,6 +154,9 @@ pub trait Sandbox: Send + Sync {
         exec_id: &str,
         kind: StreamKind,
     ) -> Result<tokio::net::UnixStream, SandboxError>;
+
+    /// Connects to a port on the pod's loopback device; half-closes pass both ways.
+    async fn dial(&self, port: u16) -> Result<tokio::net::UnixStream, SandboxError>;
 
     /// Starts to write a container's log. Before the container is started, so that no byte is missed.
     async fn add_log(&self, log: Log) -> Result<(), SandboxError>;

@@ -10,7 +10,7 @@ mod start;
 pub mod stats;
 mod stop;
 mod update;
-mod view;
+pub mod view;
 mod volumes;
 
 pub use create::create;

@@ -120,6 +120,7 @@ impl Sandbox for MicroVm {
     ) -> Result<tokio::net::UnixStream, SandboxError> {
         let kind = match kind {
             StreamKind::Stdin => "stdin",
+            StreamKind::StdinKept => "stdin keep",
             StreamKind::Stdout => "stdout",
             StreamKind::Stderr => "stderr",
             StreamKind::Tty => "tty",
@@ -129,6 +130,16 @@ impl Sandbox for MicroVm {
         agent::stream(&self.dir.vsock(), STREAM_PORT, &header)
             .await
             .map_err(|e| self.error("connect a standard stream", e))
+    }
+
+    async fn dial(&self, port: u16) -> Result<tokio::net::UnixStream, SandboxError> {
+        agent::stream(&self.dir.vsock(), STREAM_PORT, &format!("DIAL {port}\n"))
+            .await
+            .map_err(|cause| SandboxError::Dial {
+                id: self.id.clone(),
+                port,
+                cause: cause.to_string(),
+            })
     }
 
     async fn add_log(&self, log: Log) -> Result<(), SandboxError> {

@@ -1,0 +1,50 @@
+//! Connections to ports inside the pod, for port-forward: the agent dials, in its own network namespace, which is the pod's.
+
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, copy_bidirectional_with_sizes};
+use tokio::net::TcpStream;
+
+use super::endpoint::CHUNK;
+
+/// How long one address may take to answer. Both fit into the time that the other side waits.
+const LIMIT: Duration = Duration::from_secs(4);
+
+/// Connects to a port on the loopback device: IPv4 first, as applications that listen on one address usually do.
+///
+/// # Errors
+/// A sentence with the reason of both.
+pub async fn connect(port: u16) -> Result<TcpStream, String> {
+    let mut refusals = Vec::new();
+    for address in [
+        SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
+        SocketAddr::from((Ipv6Addr::LOCALHOST, port)),
+    ] {
+        match tokio::time::timeout(LIMIT, TcpStream::connect(address)).await {
+            Ok(Ok(stream)) => {
+                // Small writes are a person who types, or a request.
+                let _ = stream.set_nodelay(true);
+                return Ok(stream);
+            }
+            Ok(Err(error)) => refusals.push(format!("{address}: {error}")),
+            Err(_) => refusals.push(format!("{address}: no answer within {} s", LIMIT.as_secs())),
+        }
+    }
+    Err(format!("cannot connect to {}", refusals.join("; ")))
+}
+
+/// Moves bytes between a client and an application until both directions have ended. `first` came with the request.
+///
+/// # Errors
+/// Either side broke off.
+pub async fn serve<S>(mut client: S, mut application: TcpStream, first: &[u8]) -> io::Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    application.write_all(first).await?;
+    copy_bidirectional_with_sizes(&mut client, &mut application, CHUNK, CHUNK)
+        .await
+        .map(drop)
+}
