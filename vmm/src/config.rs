@@ -215,7 +215,10 @@ impl<T> Fds<'_, T> {
         Ok(self.0.take_fd(index)?)
     }
 
-    pub(crate) fn optional(&mut self, index: Option<FdIndex>) -> Result<Option<OwnedFd>, ConfigError> {
+    pub(crate) fn optional(
+        &mut self,
+        index: Option<FdIndex>,
+    ) -> Result<Option<OwnedFd>, ConfigError> {
         index.map(|index| self.take(index)).transpose()
     }
 
