@@ -17,6 +17,7 @@ use nix::sched::{CloneFlags, setns, unshare};
 use nix::unistd::{chdir, pivot_root};
 
 use crate::boot::{self, BootError, step};
+use crate::log::{self, Level};
 use crate::{engine, paths};
 
 /// Controllers without which a pod's limits and figures would not hold.
@@ -174,6 +175,8 @@ pub fn enter(options: &Options) -> Result<(), BootError> {
         ..engine::paths::Paths::default()
     });
     let _ = engine::paths::set_host(host.into());
+    // A pod on the host can last for years, and nothing bounds its log: what goes well is not told.
+    log::set_level(Level::Warn);
     let _ = OWN.set(own);
     Ok(())
 }

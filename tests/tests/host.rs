@@ -7,7 +7,9 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use caisson_proto::cri;
-use caisson_tests::{Container, ContainerOptions, Node, NodeOptions, Pod, PodOptions, read_log};
+use caisson_tests::{
+    Container, ContainerOptions, Line, Node, NodeOptions, Pod, PodOptions, read_log,
+};
 use cri::{MountPropagation, NamespaceMode};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
@@ -60,6 +62,10 @@ async fn run(node: &Node, pod: &Pod, name: &str, namespaces: &cri::NamespaceOpti
     node.run_with(pod, name, SLEEP, options).await
 }
 
+fn text(line: &Line) -> String {
+    String::from_utf8_lossy(&line.content).into_owned()
+}
+
 fn namespace(kind: &str) -> String {
     let link = fs::read_link(format!("/proc/self/ns/{kind}")).unwrap();
     link.to_string_lossy().into_owned()
@@ -86,8 +92,8 @@ async fn a_pod_on_the_host_is_a_pod_like_any_other() {
     let addresses = node.says(&container, "ip -4 addr show eth0").await;
     assert!(addresses.contains(&ip), "{addresses}");
     node.says(&container, "ping -c 1 -W 5 10.99.0.1").await;
-    let answered = Command::new("ping")
-        .args(["-c", "1", "-W", "5", &ip])
+    let answered = Command::new("busybox")
+        .args(["ping", "-c", "1", "-W", "5", &ip])
         .output();
     assert!(answered.unwrap().status.success());
     assert!(
@@ -123,8 +129,11 @@ async fn a_pod_on_the_host_is_a_pod_like_any_other() {
         .output(&pod, "out", "echo one; echo two >&2; exit 5")
         .await;
     assert_eq!((status.exit_code, status.reason.as_str()), (5, "Error"));
-    let text: Vec<_> = lines.iter().map(|line| line.text.as_str()).collect();
-    assert!(text.contains(&"one") && text.contains(&"two"), "{text:?}");
+    let said: Vec<_> = lines.iter().map(text).collect();
+    assert!(
+        said.contains(&"one".to_owned()) && said.contains(&"two".to_owned()),
+        "{said:?}"
+    );
 
     let request = cri::ContainerStatsRequest {
         container_id: container.id.clone(),
@@ -273,12 +282,12 @@ async fn a_killed_daemon_costs_no_byte_and_no_exit_code() {
     node.restart().await;
     let status = node.ended(&counting).await;
     assert_eq!(status.exit_code, 7);
-    let text: Vec<_> = read_log(&counting.log)
+    let said: Vec<_> = read_log(&counting.log)
         .into_iter()
-        .map(|line| line.text)
+        .map(|line| text(&line))
         .collect();
     let wanted: Vec<_> = (0..LINES).map(|i| format!("line {i}")).collect();
-    assert_eq!(text, wanted);
+    assert_eq!(said, wanted);
     assert_eq!(node.says(&lasting, "echo still here").await, "still here");
     assert_eq!(
         node.pod_status(&pod).await.unwrap().state(),
