@@ -313,7 +313,8 @@ async fn a_pod_ends_with_its_agent_or_its_pod_process() {
         let marked = format!("exec sleep 4{round}4242");
         let container = node.run_with(&pod, "c", &marked, options).await;
         let sleeping = || process(|line| line.contains(&format!("sleep\04{round}4242")));
-        assert!(sleeping().is_some());
+        // The shell has still to become it.
+        wait_until("the container's process runs", || sleeping().is_some()).await;
         let found = process(|line| {
             line.split('\0')
                 .next()
@@ -326,16 +327,20 @@ async fn a_pod_ends_with_its_agent_or_its_pod_process() {
         }
         let status = node.ended(&container).await;
         assert_ne!(status.exit_code, 0);
-        let deadline = Instant::now() + Duration::from_secs(30);
-        while sleeping().is_some() {
-            assert!(Instant::now() < deadline, "a process outlives its pod");
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
+        wait_until("no process outlives its pod", || sleeping().is_none()).await;
         let state = node.pod_status(&pod).await.unwrap().state();
         assert_eq!(state, cri::PodSandboxState::SandboxNotready);
         node.remove(&pod).await;
     }
     node.assert_nothing_left().await;
+}
+
+async fn wait_until(what: &str, holds: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !holds() {
+        assert!(Instant::now() < deadline, "not so: {what}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
 }
 
 /// A process whose command line, with a NUL after each argument, is as asked.
