@@ -26,7 +26,7 @@ pub struct BootError {
     error: io::Error,
 }
 
-fn step<T, E: Into<io::Error>>(
+pub(crate) fn step<T, E: Into<io::Error>>(
     result: Result<T, E>,
     step: impl FnOnce() -> String,
 ) -> Result<T, BootError> {
@@ -212,7 +212,7 @@ pub fn enable_controllers() -> Result<(), BootError> {
 }
 
 /// Brings the loopback interface up; its addresses come with it.
-fn loopback_up() -> io::Result<()> {
+pub(crate) fn loopback_up() -> io::Result<()> {
     let socket = socket(
         AddressFamily::Inet,
         SockType::Datagram,

@@ -1,12 +1,15 @@
 //! `caisson-agent`: PID 1 of a pod's guest.
 //!
 //! As PID 1 it boots the guest and serves on vsock. With `--listen unix:PATH --stream-listen unix:PATH` it serves
-//! the same on unix sockets, without touching the system before it is asked to. The engine and the sandbox start
+//! the same on unix sockets, without touching the system before it is asked to; with `--host` and what belongs to it
+//! it is the agent of a pod that runs on the host (see [`host`]). The engine and the sandbox start
 //! the binary again for processes of their own; what they are to be is their first argument.
 
+use std::os::unix::net::UnixListener;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use caisson_agent::host;
 use caisson_agent::reaper::Reaper;
 use caisson_agent::sandbox::{self, pidns};
 use caisson_agent::service::{self, Ending, Pod, shutdown};
@@ -15,7 +18,7 @@ use caisson_agent::vsock::{self, GRPC_PORT, Listener, STREAM_PORT};
 use caisson_agent::{boot, engine, error, info};
 use tokio::signal::unix::{SignalKind, signal};
 
-const USAGE: &str = "usage: caisson-agent --listen unix:PATH --stream-listen unix:PATH\n       (or no arguments, as PID 1 of a guest)";
+const USAGE: &str = "usage: caisson-agent --listen unix:PATH --stream-listen unix:PATH\n           [--host ROOT --scratch DIR --images DIR [--netns PATH | --new-net] [--new-ipc] [--new-uts]]\n       (or no arguments, as PID 1 of a guest)";
 
 /// Threads for what blocks: containers being made, and statistics being read.
 const BLOCKING_THREADS: usize = 64;
@@ -23,7 +26,17 @@ const BLOCKING_THREADS: usize = 64;
 /// Where to serve.
 enum Mode {
     Guest,
-    Unix { grpc: String, streams: String },
+    Unix {
+        grpc: String,
+        streams: String,
+        host: host::Options,
+    },
+}
+
+/// Listening sockets, made where their paths still mean what the daemon means.
+enum Sockets {
+    Guest,
+    Unix(UnixListener, UnixListener),
 }
 
 fn main() -> ExitCode {
@@ -51,6 +64,20 @@ fn main() -> ExitCode {
         error!("boot: {error}");
         return ExitCode::FAILURE;
     }
+    let sockets = match listen(&mode) {
+        Ok(sockets) => sockets,
+        Err(error) => {
+            error!("listen: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    if let Mode::Unix { host, .. } = &mode
+        && host.given()
+        && let Err(error) = host::enter(host)
+    {
+        error!("host: {error}");
+        return ExitCode::FAILURE;
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(BLOCKING_THREADS)
@@ -59,7 +86,7 @@ fn main() -> ExitCode {
         .build();
     match runtime {
         Ok(runtime) => {
-            let result = runtime.block_on(run(mode, started));
+            let result = runtime.block_on(run(sockets, started));
             // A thread that hangs in the kernel is no reason to stay.
             runtime.shutdown_background();
             finish(result)
@@ -80,8 +107,13 @@ fn finish(result: std::io::Result<()>) -> ExitCode {
 
 fn mode(arguments: &[String]) -> Option<Mode> {
     let (mut grpc, mut streams) = (None, None);
+    let mut host = host::Options::default();
     let mut rest = arguments.iter();
     while let Some(argument) = rest.next() {
+        if let Some(taken) = host.option(argument, &mut rest) {
+            taken.ok()?;
+            continue;
+        }
         let place = match argument.as_str() {
             "--listen" => &mut grpc,
             "--stream-listen" => &mut streams,
@@ -91,23 +123,39 @@ fn mode(arguments: &[String]) -> Option<Mode> {
         };
         *place = Some(rest.next()?.strip_prefix("unix:")?.to_owned());
     }
+    if host.given() && !host.complete() {
+        return None;
+    }
     match (grpc, streams) {
-        (Some(grpc), Some(streams)) => Some(Mode::Unix { grpc, streams }),
+        (Some(grpc), Some(streams)) => Some(Mode::Unix {
+            grpc,
+            streams,
+            host,
+        }),
         (None, None) if std::process::id() == 1 => Some(Mode::Guest),
         _ => None,
     }
 }
 
+fn listen(mode: &Mode) -> std::io::Result<Sockets> {
+    Ok(match mode {
+        Mode::Guest => Sockets::Guest,
+        Mode::Unix { grpc, streams, .. } => {
+            Sockets::Unix(vsock::bind_unix(grpc)?, vsock::bind_unix(streams)?)
+        }
+    })
+}
+
 /// Serves until the pod ends.
-async fn run(mode: Mode, started: Instant) -> std::io::Result<()> {
+async fn run(sockets: Sockets, started: Instant) -> std::io::Result<()> {
     let reaper = Reaper::new();
-    let (ending, grpc, raw) = match &mode {
-        Mode::Guest => (
+    let (ending, grpc, raw) = match sockets {
+        Sockets::Guest => (
             Ending::PowerOff,
             Listener::vsock(GRPC_PORT)?,
             Listener::vsock(STREAM_PORT)?,
         ),
-        Mode::Unix { grpc, streams } => {
+        Sockets::Unix(grpc, streams) => {
             // Orphans of containers come to this process, although it is not PID 1.
             nix::sys::prctl::set_child_subreaper(true)?;
             (

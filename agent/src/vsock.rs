@@ -31,13 +31,9 @@ impl Listener {
         VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port)).map(Self::Vsock)
     }
 
-    /// Listens on a unix socket; an old socket file there is replaced.
-    pub fn unix(path: &str) -> io::Result<Self> {
-        match std::fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        UnixListener::bind(path).map(Self::Unix)
+    /// Serves on a unix socket that listens already.
+    pub fn unix(listener: std::os::unix::net::UnixListener) -> io::Result<Self> {
+        UnixListener::from_std(listener).map(Self::Unix)
     }
 
     /// The next connection.
@@ -53,6 +49,17 @@ impl Listener {
                 .map(|(stream, _)| Connection::Unix(stream)),
         }
     }
+}
+
+/// Listens on a unix socket; an old socket file there is replaced.
+pub fn bind_unix(path: &str) -> io::Result<std::os::unix::net::UnixListener> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = std::os::unix::net::UnixListener::bind(path)?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
 }
 
 /// One accepted connection.

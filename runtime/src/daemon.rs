@@ -17,14 +17,16 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 
 use crate::cli_service;
-use crate::config::{Config, ConfigError};
+use crate::config::{Config, ConfigError, HandlerKind};
 use crate::cri::alpha::V1Alpha2Layer;
 use crate::cri::registry::Registry;
 use crate::cri::{Context, CriError, image_service, pods, runtime_service};
 use crate::doctor::{KvmProbe, cni_config};
 use crate::image::{ImageConfig, ImageError, Images};
 use crate::network::Network;
+use crate::sandbox::host::HostConfig;
 use crate::sandbox::microvm::MicroVmConfig;
+use crate::sandbox::pod::PodConfig;
 use crate::store::{Store, StoreError};
 use crate::streaming::Backend;
 
@@ -99,6 +101,7 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
     let context = Arc::new(Context {
         streaming: streaming.endpoint(),
         microvm: microvm_config(&config),
+        host: host_config(&config),
         registry: Registry::new(store),
         images,
         network: Network::new(cni_config(&config), config.state.join("netns")),
@@ -171,25 +174,46 @@ fn start_log(config: &Config) -> Result<(), DaemonError> {
 /// How microVMs are made, by the configuration. A file that is missing fails the pod that needs it, with the places
 /// that were looked at (see `RuntimeReady`).
 fn microvm_config(config: &Config) -> MicroVmConfig {
-    let or = |found: Result<PathBuf, ConfigError>, configured: &Path| {
-        found.unwrap_or_else(|error| {
-            tracing::warn!("{error}");
-            configured.to_owned()
-        })
-    };
     let microvm = &config.microvm;
     MicroVmConfig {
-        vmm: or(config.vmm_path(), &microvm.vmm),
+        pod: pod_config(config),
         kernel: or(config.kernel_path(), &microvm.kernel),
         initramfs: or(config.initramfs_path(), &microvm.initramfs),
         cmdline_extra: microvm.kernel_cmdline_extra.clone(),
-        uid: microvm.uid,
-        gid: microvm.gid,
+        start_timeout: Duration::from_secs(u64::from(microvm.start_timeout_seconds)),
+    }
+}
+
+/// How pods on the host are made, by the configuration.
+fn host_config(config: &Config) -> HostConfig {
+    HostConfig {
+        pod: pod_config(config),
+        agent: if config.uses(HandlerKind::Host) {
+            or(config.agent_path(), &config.host.agent)
+        } else {
+            config.host.agent.clone()
+        },
+        layers: config.root.join("images/layers"),
+    }
+}
+
+fn pod_config(config: &Config) -> PodConfig {
+    PodConfig {
+        vmm: or(config.vmm_path(), &config.microvm.vmm),
+        uid: config.microvm.uid,
+        gid: config.microvm.gid,
         state_dir: config.state.clone(),
         data_dir: config.root.clone(),
         cgroup_parent: config.cgroup_parent.clone(),
-        start_timeout: Duration::from_secs(u64::from(microvm.start_timeout_seconds)),
     }
+}
+
+/// What was found, or else what is configured.
+fn or(found: Result<PathBuf, ConfigError>, configured: &Path) -> PathBuf {
+    found.unwrap_or_else(|error| {
+        tracing::warn!("{error}");
+        configured.to_owned()
+    })
 }
 
 /// How many guests may boot at the same time. A boot keeps one CPU busy; more boots than CPUs only make each slower, and

@@ -64,8 +64,8 @@ fn processes() -> Vec<String> {
             let name = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
             let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
             let zombie = stat.rsplit_once(") ")?.1.starts_with('Z');
-            (name.starts_with("caisson-vmm") && !zombie)
-                .then(|| format!("process {pid} {}", name.trim()))
+            let ours = name.starts_with("caisson-vmm") || name.starts_with("caisson-agent");
+            (ours && !zombie).then(|| format!("process {pid} {}", name.trim()))
         })
         .collect()
 }

@@ -32,6 +32,8 @@ pub struct NodeOptions {
     pub no_network: bool,
     /// Do not load the image.
     pub no_image: bool,
+    /// Allow pods on the host.
+    pub allow_host: bool,
 }
 
 type Clients = (
@@ -288,6 +290,10 @@ root = "{root}"
 state = "{state}"
 socket = "{state}/caisson.sock"
 log_level = "info"
+allow_host = {allow_host}
+
+[host]
+agent = "{build}/caisson-agent"
 
 [microvm]
 vmm = "{build}/caisson-vmm"
@@ -301,6 +307,7 @@ scratch_gib = 2
 conf_dir = "{conf}"
 bin_dirs = ["/usr/lib/cni", "/opt/cni/bin"]
 "#,
+        allow_host = options.allow_host,
         root = root.display(),
         state = state.display(),
         build = build().display(),

@@ -39,6 +39,10 @@ pub struct PodOptions {
     pub memory: i64,
     /// Name servers.
     pub dns: Vec<String>,
+    /// Namespaces, in place of `share_pids`.
+    pub namespaces: Option<cri::NamespaceOption>,
+    /// Kernel parameters.
+    pub sysctls: HashMap<String, String>,
 }
 
 /// How a container differs from the usual one.
@@ -58,6 +62,14 @@ pub struct ContainerOptions {
     pub share_pids: bool,
     /// Another image.
     pub image: Option<String>,
+    /// Namespaces, in place of `share_pids`.
+    pub namespaces: Option<cri::NamespaceOption>,
+    /// All privileges.
+    pub privileged: bool,
+    /// Devices.
+    pub devices: Vec<cri::Device>,
+    /// An AppArmor profile of the node.
+    pub apparmor: Option<String>,
 }
 
 impl Node {
@@ -91,12 +103,13 @@ impl Node {
             labels: HashMap::from([("test".to_owned(), name.to_owned())]),
             linux: Some(cri::LinuxPodSandboxConfig {
                 security_context: Some(cri::LinuxSandboxSecurityContext {
-                    namespace_options: Some(cri::NamespaceOption {
+                    namespace_options: Some(options.namespaces.unwrap_or(cri::NamespaceOption {
                         pid: pid.into(),
                         ..cri::NamespaceOption::default()
-                    }),
+                    })),
                     ..cri::LinuxSandboxSecurityContext::default()
                 }),
+                sysctls: options.sysctls,
                 resources: Some(cri::LinuxContainerResources {
                     memory_limit_in_bytes: options.memory,
                     ..cri::LinuxContainerResources::default()
@@ -144,15 +157,21 @@ impl Node {
             stdin: options.stdin,
             stdin_once: options.stdin_once,
             tty: options.tty,
+            devices: options.devices,
             linux: Some(cri::LinuxContainerConfig {
                 resources: Some(cri::LinuxContainerResources {
                     memory_limit_in_bytes: options.memory,
                     ..cri::LinuxContainerResources::default()
                 }),
                 security_context: Some(cri::LinuxContainerSecurityContext {
-                    namespace_options: Some(cri::NamespaceOption {
+                    namespace_options: Some(options.namespaces.unwrap_or(cri::NamespaceOption {
                         pid: pid.into(),
                         ..cri::NamespaceOption::default()
+                    })),
+                    privileged: options.privileged,
+                    apparmor: options.apparmor.map(|name| cri::SecurityProfile {
+                        profile_type: cri::security_profile::ProfileType::Localhost.into(),
+                        localhost_ref: name,
                     }),
                     ..cri::LinuxContainerSecurityContext::default()
                 }),

@@ -13,7 +13,8 @@ use crate::arch::layout;
 use crate::config::MachineConfig;
 use crate::control::Events;
 use crate::jail::{Jail, JailError};
-use crate::logs::LogManager;
+use crate::logs::{Dial, LogManager};
+use crate::pod::{Pod, Running};
 use crate::timeline::Timeline;
 use crate::transport::mmio::MmioTransport;
 use crate::virtio::blk::Block;
@@ -70,16 +71,6 @@ fn device<E: std::error::Error + Send + Sync + 'static>(name: &str) -> impl Fn(E
 
 fn start(what: &'static str) -> impl Fn(io::Error) -> BootError {
     move |source| BootError::Start { what, source }
-}
-
-/// A machine that runs, and the ways to its agent.
-pub struct Running {
-    /// The machine.
-    pub machine: Machine,
-    /// The containers' logs; there are none without a vsock device.
-    pub logs: Option<LogManager>,
-    /// Connections to the guest.
-    pub connector: Option<VsockConnector>,
 }
 
 /// Builds the machine and starts its vCPUs.
@@ -141,9 +132,11 @@ pub fn build_and_boot(
         LogManager::new(connector, Arc::new(move |event| events.publish(event)))
     });
     Ok(Running {
-        machine: Machine::new(vm, vcpus, bus, Arc::clone(ending)),
+        pod: Pod::Machine(Machine::new(vm, vcpus, bus, Arc::clone(ending))),
         logs,
-        connector: devices.connector,
+        connector: devices
+            .connector
+            .map(|connector| Arc::new(connector) as Arc<dyn Dial>),
     })
 }
 

@@ -130,13 +130,7 @@ impl MachineConfig {
     /// # Errors
     /// [`ConfigError`] names the first field that is wrong.
     pub fn new<T>(config: VmConfig, frame: &mut Frame<T>) -> Result<Self, ConfigError> {
-        check(config.version == PROTOCOL_VERSION, || {
-            ConfigError::Version(config.version)
-        })?;
-        let id_ok = !config.id.is_empty()
-            && config.id.len() <= MAX_ID
-            && config.id.bytes().all(|b| b.is_ascii_graphic());
-        range("id", &config.id, id_ok, "1 to 253 printable characters")?;
+        check_name(config.version, &config.id)?;
         range(
             "vcpus",
             config.vcpus,
@@ -154,18 +148,7 @@ impl MachineConfig {
             ConfigError::TooManyDevices(count)
         })?;
         if let Some(jail) = &config.jail {
-            range(
-                "jail.uid",
-                jail.uid,
-                is_user(jail.uid),
-                "an unprivileged user ID",
-            )?;
-            range(
-                "jail.gid",
-                jail.gid,
-                is_user(jail.gid),
-                "an unprivileged group ID",
-            )?;
+            check_jail(jail)?;
         }
         let mut fds = Fds(frame);
         Ok(Self {
@@ -199,14 +182,43 @@ impl MachineConfig {
     }
 }
 
-struct Fds<'a, T>(&'a mut Frame<T>);
+/// The sender's version and the pod's name.
+pub(crate) fn check_name(version: u32, id: &str) -> Result<(), ConfigError> {
+    check(version == PROTOCOL_VERSION, || {
+        ConfigError::Version(version)
+    })?;
+    let ok = !id.is_empty() && id.len() <= MAX_ID && id.bytes().all(|b| b.is_ascii_graphic());
+    range("id", id, ok, "1 to 253 printable characters")
+}
+
+/// Who the process becomes.
+pub(crate) fn check_jail(jail: &JailConfig) -> Result<(), ConfigError> {
+    range(
+        "jail.uid",
+        jail.uid,
+        is_user(jail.uid),
+        "an unprivileged user ID",
+    )?;
+    range(
+        "jail.gid",
+        jail.gid,
+        is_user(jail.gid),
+        "an unprivileged group ID",
+    )
+}
+
+/// Takes descriptors out of the frame that they came with.
+pub(crate) struct Fds<'a, T>(pub &'a mut Frame<T>);
 
 impl<T> Fds<'_, T> {
-    fn take(&mut self, index: FdIndex) -> Result<OwnedFd, ConfigError> {
+    pub(crate) fn take(&mut self, index: FdIndex) -> Result<OwnedFd, ConfigError> {
         Ok(self.0.take_fd(index)?)
     }
 
-    fn optional(&mut self, index: Option<FdIndex>) -> Result<Option<OwnedFd>, ConfigError> {
+    pub(crate) fn optional(
+        &mut self,
+        index: Option<FdIndex>,
+    ) -> Result<Option<OwnedFd>, ConfigError> {
         index.map(|index| self.take(index)).transpose()
     }
 

@@ -1,7 +1,7 @@
 //! The `caisson-vmm` binary.
 //!
-//! `caisson-vmm` without arguments is one pod's machine: the daemon starts it with a control socket as
-//! descriptor 3. `caisson-vmm probe` says whether KVM works here.
+//! `caisson-vmm` without arguments is one pod's machine, or the writer of the logs of a pod that runs on the host: the
+//! daemon starts it with a control socket as descriptor 3. `caisson-vmm probe` says whether KVM works here.
 //!
 //! Exit status: 0 the guest powered off, 1 the machine could not be started, 2 wrong use,
 //! 10 reset, 11 guest panic, 12 killed, 13 the guest broke a device's rules, 14 internal error.

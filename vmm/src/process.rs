@@ -12,9 +12,11 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::stat::{SFlag, fstat};
 
-use crate::boot::{Running, build_and_boot};
+use crate::boot::build_and_boot;
 use crate::config::MachineConfig;
 use crate::control::{Control, Events, await_boot};
+use crate::host::{self, HostConfig};
+use crate::pod::Running;
 use crate::timeline::Timeline;
 use crate::vm::Ending;
 
@@ -74,24 +76,41 @@ fn start(
     ending: &Arc<Ending>,
     timeline: &mut Timeline,
 ) -> Result<Started, Box<dyn std::error::Error>> {
-    let Request::Boot(config) = frame.message.clone() else {
-        return Err("the first request must be boot".into());
-    };
-    let mut config = MachineConfig::new(*config, &mut frame)?;
-    drop(frame);
-    let control_listener = config.control_listener.take();
-    let exit_file = config.exit_file.take();
+    let request = frame.message.clone();
+    let events = Arc::new(Events::default());
     let signals = block_signals()?;
     end_on_panic(ending);
-    let events = Arc::new(Events::default());
-    let running = build_and_boot(config, ending, &events, timeline)?;
+    let started = match request {
+        Request::Boot(config) => {
+            let mut config = MachineConfig::new(*config, &mut frame)?;
+            drop(frame);
+            let control_listener = config.control_listener.take();
+            let exit_file = config.exit_file.take();
+            let running = build_and_boot(config, ending, &events, timeline)?;
+            Started {
+                running,
+                events,
+                control_listener,
+                exit_file,
+            }
+        }
+        Request::Join(config) => {
+            let mut config = HostConfig::new(*config, &mut frame)?;
+            drop(frame);
+            let control_listener = config.control_listener.take();
+            let exit_file = config.exit_file.take();
+            let running = host::join(config, ending, &events, timeline)?;
+            Started {
+                running,
+                events,
+                control_listener,
+                exit_file,
+            }
+        }
+        _ => return Err("the first request must be boot or join".into()),
+    };
     end_on_signals(signals, ending)?;
-    Ok(Started {
-        running,
-        events,
-        control_listener,
-        exit_file,
-    })
+    Ok(started)
 }
 
 fn serve(

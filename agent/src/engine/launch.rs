@@ -22,7 +22,7 @@ use super::{Stdio, paths};
 pub const INIT: &str = "container-init";
 
 /// Where the started process finds its end of the channel; the plan, the control group and the namespace or
-/// process to join follow.
+/// process to join, and the host's mount namespace follow.
 pub(crate) const CHANNEL: RawFd = 3;
 /// The plan as JSON.
 pub(crate) const PLAN: RawFd = 4;
@@ -30,6 +30,8 @@ pub(crate) const PLAN: RawFd = 4;
 pub(crate) const CGROUP: RawFd = 5;
 /// A user namespace, or a process whose namespaces are joined.
 pub(crate) const TARGET: RawFd = 6;
+/// The host's mount namespace, of an agent that runs there.
+pub(crate) const HOST: RawFd = 7;
 
 /// A started process.
 pub(crate) struct Launched {
@@ -78,6 +80,7 @@ fn prepare(
         above(document.as_fd())?,
         above(cgroup.unwrap_or(null.as_fd()))?,
         above(target.unwrap_or(null.as_fd()))?,
+        above(paths::host().unwrap_or(null.as_fd()))?,
     ];
     let numbers = sources.each_ref().map(AsRawFd::as_raw_fd);
     let program = CString::new(paths::get().program.as_os_str().as_bytes())?;

@@ -31,6 +31,7 @@ pub use cgroup::{Detail, DeviceIo, HugePages, Pressure, PressureLine, Stats};
 pub use container::Container;
 pub use error::EngineError;
 pub use init::init_main;
+pub(crate) use init::sysctl::check as check_sysctl;
 pub use launch::INIT;
 pub use rootfs::RootFs;
 

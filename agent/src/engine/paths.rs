@@ -1,7 +1,11 @@
 //! Where the engine keeps things in the guest.
 
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+
+/// Sources of bind mounts below this path are files of the host, where the agent runs there ([`set_host`]).
+pub const HOST: &str = "/run/caisson/host";
 
 /// Base directories; [`set`] changes them before the first use.
 #[derive(Debug, Clone)]
@@ -32,6 +36,7 @@ impl Default for Paths {
 }
 
 static PATHS: OnceLock<Paths> = OnceLock::new();
+static HOST_MOUNTS: OnceLock<OwnedFd> = OnceLock::new();
 
 /// Sets the base directories, for tests that run beside a system of their own.
 ///
@@ -39,6 +44,19 @@ static PATHS: OnceLock<Paths> = OnceLock::new();
 /// Gives them back if they were set or used before.
 pub fn set(paths: Paths) -> Result<(), Paths> {
     PATHS.set(paths)
+}
+
+/// Names the mount namespace in which sources below [`HOST`] are looked up.
+///
+/// # Errors
+/// Gives it back if one was named before.
+pub fn set_host(namespace: OwnedFd) -> Result<(), OwnedFd> {
+    HOST_MOUNTS.set(namespace)
+}
+
+/// The host's mount namespace, if the agent runs there.
+pub(crate) fn host() -> Option<BorrowedFd<'static>> {
+    HOST_MOUNTS.get().map(AsFd::as_fd)
 }
 
 pub(crate) fn get() -> &'static Paths {

@@ -21,11 +21,12 @@ fn resolv_conf(plan: &Plan) -> String {
     text
 }
 
-/// hosts(5).
-fn hosts(plan: &Plan) -> String {
-    let mut text = String::from(
-        "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n",
-    );
+/// What every pod's hosts file begins with.
+pub const HOSTS: &str = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n";
+
+/// hosts(5), from its beginning on.
+fn hosts(plan: &Plan, beginning: &str) -> String {
+    let mut text = beginning.to_owned();
     if !plan.hostname.is_empty() {
         let addresses = plan
             .interfaces
@@ -38,11 +39,11 @@ fn hosts(plan: &Plan) -> String {
     text
 }
 
-/// Writes the three files.
-pub fn write(plan: &Plan) -> Result<(), SandboxError> {
+/// Writes the three files; `hosts_beginning` comes before the pod's own addresses.
+pub fn write(plan: &Plan, hosts_beginning: &str) -> Result<(), SandboxError> {
     let files = [
         ("resolv.conf", resolv_conf(plan)),
-        ("hosts", hosts(plan)),
+        ("hosts", hosts(plan, hosts_beginning)),
         ("hostname", format!("{}\n", plan.hostname)),
     ];
     for (name, text) in files {
@@ -77,7 +78,7 @@ mod tests {
             resolv_conf(&plan),
             "search ns.svc.cluster.local cluster.local\nnameserver 10.0.0.10\nnameserver fd00::a\noptions ndots:5\n"
         );
-        assert!(hosts(&plan).ends_with("\n10.1.2.3\tweb-0\n"));
+        assert!(hosts(&plan, HOSTS).ends_with("\n10.1.2.3\tweb-0\n"));
         assert_eq!(resolv_conf(&Plan::default()), "");
     }
 }

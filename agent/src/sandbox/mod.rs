@@ -2,6 +2,7 @@
 
 mod clock;
 mod dns;
+mod host;
 mod netlink;
 mod network;
 pub mod pidns;
@@ -71,6 +72,9 @@ impl<T, E: Into<io::Error>> Context<T> for Result<T, E> {
 /// # Errors
 /// The first step that failed.
 pub fn set_up(plan: &Plan) -> Result<(), SandboxError> {
+    if let Some(own) = crate::host::own() {
+        return host::set_up(plan, own);
+    }
     let mut timing = Timing::start();
     clock::add_entropy(&plan.entropy)?;
     if let Some(time) = plan.unix_time_ns {
@@ -91,7 +95,7 @@ pub fn set_up(plan: &Plan) -> Result<(), SandboxError> {
     timing.lap("shm");
     network::configure(&plan.interfaces, &plan.routes)?;
     timing.lap("network");
-    dns::write(plan)?;
+    dns::write(plan, dns::HOSTS)?;
     if plan.shared_pid_namespace {
         pidns::create()?;
         timing.lap("pid namespace");

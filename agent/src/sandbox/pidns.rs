@@ -56,7 +56,7 @@ pub fn remove() {
 /// Starts the binary again; that process forks PID 1 of the new namespace, says its PID and ends. The reaper
 /// takes its status; here only its output is awaited.
 fn start() -> io::Result<i32> {
-    let mut child = Command::new("/proc/self/exe")
+    let mut child = Command::new(&crate::engine::paths::get().program)
         .arg(PAUSE)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())

@@ -37,9 +37,12 @@ pub async fn shut_down(pod: &Arc<Pod>, grace: Duration) {
     if tokio::time::timeout(REMOVAL, removals).await.is_err() {
         warn!("containers are left that do not go away");
     }
-    let _ = blocking(|| {
+    let power_off = pod.ending == Ending::PowerOff;
+    let _ = blocking(move || {
         sandbox::tear_down();
-        nix::unistd::sync();
+        if power_off {
+            nix::unistd::sync();
+        }
     })
     .await;
 }

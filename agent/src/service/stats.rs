@@ -160,21 +160,34 @@ fn detail_message(detail: engine::Detail) -> ContainerDetail {
     }
 }
 
-/// What the whole guest uses.
+/// What the whole guest uses; on a host, what the pod's cgroup does.
 fn sandbox_stats() -> SandboxStats {
-    let cpu = fs::read_to_string(format!("{}/cpu.stat", paths::CGROUP)).unwrap_or_default();
-    let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let group = |file: &str| fs::read_to_string(format!("{}/{file}", paths::CGROUP));
+    let cpu = group("cpu.stat").unwrap_or_default();
+    let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let kib = |name| field(&meminfo, name).unwrap_or(0).saturating_mul(1024);
+    let memory = match group("memory.current") {
+        // The root of all cgroups, as in a guest, has no such file.
+        Err(_) => (kib("MemTotal:"), kib("MemAvailable:")),
+        Ok(current) => {
+            let stat = group("memory.stat").unwrap_or_default();
+            let limit = group("memory.max").unwrap_or_default();
+            let total = limit.trim().parse().unwrap_or_else(|_| kib("MemTotal:"));
+            let current: u64 = current.trim().parse().unwrap_or(0);
+            let used = current.saturating_sub(field(&stat, "inactive_file").unwrap_or(0));
+            (total, total.saturating_sub(used))
+        }
+    };
     let network = fs::read_to_string("/proc/net/dev").unwrap_or_default();
     SandboxStats {
         timestamp_ns: u64::try_from(unix_time_ns()).unwrap_or(0),
         cpu_usage_ns: field(&cpu, "usage_usec").unwrap_or(0).saturating_mul(1000),
-        memory_total_bytes: field(&memory, "MemTotal:")
-            .unwrap_or(0)
-            .saturating_mul(1024),
-        memory_available_bytes: field(&memory, "MemAvailable:")
-            .unwrap_or(0)
-            .saturating_mul(1024),
-        processes: processes(),
+        memory_total_bytes: memory.0,
+        memory_available_bytes: memory.1,
+        processes: group("pids.current")
+            .ok()
+            .and_then(|count| count.trim().parse().ok())
+            .unwrap_or_else(processes),
         interfaces: network.lines().filter_map(interface).collect(),
     }
 }

@@ -34,7 +34,7 @@ const KEYS: &[(&str, &str, &str)] = &[
     (
         "",
         "allow_host",
-        "Whether a handler may be of kind \"host\": a pod without a VM, for node agents with hostNetwork and the like.",
+        "Whether pods may have handlers of kind \"host\": no VM, for node agents with hostNetwork and the like.",
     ),
     (
         "",
@@ -45,6 +45,16 @@ const KEYS: &[(&str, &str, &str)] = &[
         "handlers",
         "microvm",
         "Runtime handler names (RuntimeClass) and their kind: \"microvm\" or \"host\".",
+    ),
+    (
+        "handlers",
+        "host",
+        "A handler of kind \"host\"; of use only with allow_host.",
+    ),
+    (
+        "host",
+        "agent",
+        "The caisson-agent program for pods on the host. Empty: beside the caisson executable, then in /usr/lib/caisson.",
     ),
     (
         "microvm",

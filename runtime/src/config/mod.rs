@@ -41,6 +41,8 @@ pub struct Config {
     pub handlers: BTreeMap<String, HandlerKind>,
     /// How a pod's microVM is made.
     pub microvm: MicroVmConfig,
+    /// How a pod on the host is made.
+    pub host: HostSettings,
     /// CNI networking.
     pub cni: CniSettings,
     /// Images and registries.
@@ -50,10 +52,11 @@ pub struct Config {
 }
 
 /// The kinds of sandbox.
-#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum HandlerKind {
     /// A microVM of the pod's own.
+    #[default]
     MicroVm,
     /// Processes of the host, for pods that cannot be in a VM.
     Host,
@@ -85,6 +88,14 @@ pub struct MicroVmConfig {
     pub kernel_cmdline_extra: String,
     /// Seconds that a guest may take from power-on until its agent answers, 1 to 3600.
     pub start_timeout_seconds: u32,
+}
+
+/// How a pod on the host is made.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HostSettings {
+    /// The `caisson-agent` program; empty: searched, see [`Config::agent_path`].
+    pub agent: PathBuf,
 }
 
 /// CNI networking.
@@ -127,8 +138,12 @@ impl Default for Config {
             cgroup_parent: "/caisson".into(),
             allow_host: false,
             default_handler: "microvm".into(),
-            handlers: BTreeMap::from([("microvm".to_owned(), HandlerKind::MicroVm)]),
+            handlers: BTreeMap::from([
+                ("microvm".to_owned(), HandlerKind::MicroVm),
+                ("host".to_owned(), HandlerKind::Host),
+            ]),
             microvm: MicroVmConfig::default(),
+            host: HostSettings::default(),
             cni: CniSettings::default(),
             images: ImageSettings::default(),
             streaming: StreamingSettings::default(),
@@ -330,6 +345,45 @@ impl Config {
         self.handlers.get(name).copied()
     }
 
+    /// The handlers that pods may have: those of kind `host` only where they are allowed.
+    pub fn usable_handlers(&self) -> impl Iterator<Item = (&str, HandlerKind)> {
+        self.handlers
+            .iter()
+            .map(|(name, kind)| (name.as_str(), *kind))
+            .filter(|(_, kind)| *kind != HandlerKind::Host || self.allow_host)
+    }
+
+    /// Whether any handler that pods may have is of this kind.
+    pub fn uses(&self, kind: HandlerKind) -> bool {
+        self.usable_handlers().any(|(_, one)| one == kind)
+    }
+
+    /// What to tell a person whose pod cannot be in a microVM.
+    pub fn host_hint(&self) -> String {
+        let host = |(_, kind): &(&str, HandlerKind)| *kind == HandlerKind::Host;
+        match self.usable_handlers().find(host) {
+            Some((name, _)) => {
+                format!("give the pod a runtime class with the handler `{name}`, which runs it on the host")
+            }
+            None => {
+                "it needs a handler of kind `host`, which runs pods on the host: set allow_host = true in the configuration to have the handler `host`".into()
+            }
+        }
+    }
+
+    /// The `caisson-agent` program for pods on the host, searched as [`Config::vmm_path`].
+    ///
+    /// # Errors
+    /// [`ConfigError::Missing`] with the places that were looked at.
+    pub fn agent_path(&self) -> Result<PathBuf, ConfigError> {
+        find(
+            "agent (caisson-agent)",
+            "host.agent",
+            &self.host.agent,
+            &["caisson-agent"],
+        )
+    }
+
     /// The `caisson-vmm` program: as configured, or beside this executable, or in /usr/lib/caisson.
     ///
     /// # Errors
@@ -454,6 +508,22 @@ mod tests {
         )
         .unwrap();
         assert_eq!(config.handler("host"), Some(HandlerKind::Host));
+    }
+
+    #[test]
+    fn the_host_is_hinted_at_by_a_name_that_would_do() {
+        let hint = |text: &str| Config::parse(text, Path::new("x")).unwrap().host_hint();
+        assert!(hint("").contains("allow_host = true"));
+        assert!(hint("allow_host = true").contains("handler `host`,"));
+        let named = "allow_host = true\n[handlers]\nmicrovm = \"microvm\"\nnode-agents = \"host\"";
+        assert!(hint(named).contains("handler `node-agents`,"));
+        let names = |config: &Config| {
+            let all = config.usable_handlers();
+            all.map(|(name, _)| name.to_owned()).collect::<Vec<_>>()
+        };
+        assert_eq!(names(&Config::default()), ["microvm"]);
+        let allowed = Config::parse("allow_host = true", Path::new("x")).unwrap();
+        assert_eq!(names(&allowed), ["host", "microvm"]);
     }
 
     #[test]

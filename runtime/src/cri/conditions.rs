@@ -3,6 +3,7 @@
 use caisson_proto::cri;
 
 use super::{Context, CriError};
+use crate::config::HandlerKind;
 
 /// `RuntimeReady` and `NetworkReady`, each with its reason where it does not hold. `kvm` is what the probe said.
 pub fn conditions(context: &Context, kvm: Result<(), CriError>) -> Vec<cri::RuntimeCondition> {
@@ -15,13 +16,18 @@ pub fn conditions(context: &Context, kvm: Result<(), CriError>) -> Vec<cri::Runt
             message,
         }
     };
-    let parts = [
-        context.config.vmm_path(),
-        context.config.kernel_path(),
-        context.config.initramfs_path(),
-    ];
+    let config = &context.config;
+    let mut parts = vec![config.vmm_path()];
+    if config.uses(HandlerKind::MicroVm) {
+        parts.extend([config.kernel_path(), config.initramfs_path()]);
+    }
+    if config.uses(HandlerKind::Host) {
+        parts.push(config.agent_path());
+    }
     let runtime = match parts.into_iter().find_map(Result::err) {
         Some(error) => Err(("RuntimeIncomplete", error.to_string())),
+        // A node whose pods are on the host unless they ask for more is ready without KVM.
+        None if config.handler("") == Some(HandlerKind::Host) => Ok(()),
         None => kvm.map_err(|error| ("KVMNotUsable", error.message)),
     };
     let network = context

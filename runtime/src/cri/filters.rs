@@ -52,6 +52,7 @@ mod tests {
             id: "abcdef".into(),
             name: "n".into(),
             handler: String::new(),
+            kind: Default::default(),
             created_at: 0,
             state: SandboxState::Ready,
             reason: String::new(),

@@ -26,6 +26,7 @@ use crate::config::Config;
 use crate::doctor::KvmProbe;
 use crate::image::Images;
 use crate::network::Network;
+use crate::sandbox::host::HostConfig;
 use crate::sandbox::microvm::MicroVmConfig;
 use registry::Registry;
 
@@ -35,6 +36,8 @@ pub struct Context {
     pub config: Config,
     /// How microVMs are made.
     pub microvm: MicroVmConfig,
+    /// How pods on the host are made.
+    pub host: HostConfig,
     /// Pods and containers.
     pub registry: Registry,
     /// Images.

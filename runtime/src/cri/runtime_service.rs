@@ -90,7 +90,7 @@ impl RuntimeService for Service {
                 user_namespaces: false,
             }),
         };
-        let names = self.context.config.handlers.keys().map(String::as_str);
+        let names = self.context.config.usable_handlers().map(|(name, _)| name);
         ok(cri::StatusResponse {
             status: Some(cri::RuntimeStatus {
                 conditions: conditions::conditions(&self.context, kvm),

@@ -17,7 +17,7 @@ pub use cni::{Cni, CniConfig, PortMapping};
 pub struct PodNetwork {
     /// The network namespace's path.
     pub netns: PathBuf,
-    /// The tap that carries the interface's frames; `None` for a pod that is found again.
+    /// The tap that carries the interface's frames; `None` for a pod on the host and one that is found again.
     pub tap: Option<Arc<OwnedFd>>,
     /// The interface as the guest shall have it.
     pub interface: Interface,
@@ -120,14 +120,14 @@ impl Network {
         self.netns_dir.join(format!("caisson-{id}"))
     }
 
-    /// Makes the pod's network namespace, lets the CNI plugins fill it, and puts a tap beside their interface.
-    /// What was made is unmade again if a step fails.
+    /// Makes the pod's network namespace, lets the CNI plugins fill it, and puts a tap beside their interface if a guest
+    /// is to have it. What was made is unmade again if a step fails.
     ///
     /// # Errors
     /// [`NetworkError`]: the step or plugin that failed and why.
-    pub async fn setup(&self, pod: &PodIdentity) -> Result<PodNetwork, NetworkError> {
+    pub async fn setup(&self, pod: &PodIdentity, guest: bool) -> Result<PodNetwork, NetworkError> {
         let netns = self.netns_path(&pod.id);
-        let made = self.try_setup(pod, &netns).await;
+        let made = self.try_setup(pod, &netns, guest).await;
         if made.is_err()
             && let Err(error) = self.teardown(pod).await
         {
@@ -136,14 +136,19 @@ impl Network {
         made
     }
 
-    async fn try_setup(&self, pod: &PodIdentity, netns: &Path) -> Result<PodNetwork, NetworkError> {
+    async fn try_setup(
+        &self,
+        pod: &PodIdentity,
+        netns: &Path,
+        guest: bool,
+    ) -> Result<PodNetwork, NetworkError> {
         netns::create(&pod.id, netns.to_owned()).await?;
         self.cni.add(pod, netns).await?;
-        let (interface, routes, tap) =
-            tap::attach(&pod.id, netns.to_owned(), cni::INTERFACE.to_owned()).await?;
+        let (path, name) = (netns.to_owned(), cni::INTERFACE.to_owned());
+        let (interface, routes, tap) = tap::attach(&pod.id, path, name, guest).await?;
         Ok(PodNetwork {
             netns: netns.to_owned(),
-            tap: Some(Arc::new(tap)),
+            tap: tap.map(Arc::new),
             interface,
             routes,
         })

@@ -30,18 +30,24 @@ const MAIN_TABLE: u32 = 254;
 
 nix::ioctl_write_int!(tun_set_iff, b'T', 202);
 
-/// Reads the CNI interface's properties and joins it to a new tap, whose descriptor is the VMM's side.
+/// Reads the CNI interface's properties and, for a `guest`, joins it to a new tap, whose descriptor is the VMM's side.
 pub async fn attach(
     id: &str,
     path: PathBuf,
     interface: String,
-) -> Result<(Interface, Vec<Route>, OwnedFd), NetworkError> {
-    netns::inside(id, "attach a tap to the CNI interface", path, move || {
-        let tap = open_tap()?;
+    guest: bool,
+) -> Result<(Interface, Vec<Route>, Option<OwnedFd>), NetworkError> {
+    let step = if guest {
+        "attach a tap to the CNI interface"
+    } else {
+        "read the CNI interface"
+    };
+    netns::inside(id, step, path, move || {
+        let tap = guest.then(open_tap).transpose()?;
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
-        let (interface, routes) = runtime.block_on(join(&interface))?;
+        let (interface, routes) = runtime.block_on(join(&interface, guest))?;
         Ok((interface, routes, tap))
     })
     .await
@@ -67,22 +73,30 @@ fn open_tap() -> io::Result<OwnedFd> {
     Ok(file.into())
 }
 
-async fn join(name: &str) -> io::Result<(Interface, Vec<Route>)> {
+async fn join(name: &str, guest: bool) -> io::Result<(Interface, Vec<Route>)> {
     let (connection, handle, _) = rtnetlink::new_connection()?;
     let connection = tokio::spawn(connection);
-    let result = join_with(&handle, name).await.map_err(io::Error::other);
+    let result = join_with(&handle, name, guest)
+        .await
+        .map_err(io::Error::other);
     connection.abort();
     result
 }
 
-async fn join_with(handle: &Handle, name: &str) -> Result<(Interface, Vec<Route>), String> {
+async fn join_with(
+    handle: &Handle,
+    name: &str,
+    guest: bool,
+) -> Result<(Interface, Vec<Route>), String> {
     let lo = link(handle, "lo").await?.index;
     up(handle, lo, None).await?;
     let cni = link(handle, name).await?;
-    let tap = link(handle, TAP).await?.index;
-    up(handle, tap, Some(cni.mtu)).await?;
-    for (from, to) in [(cni.index, tap), (tap, cni.index)] {
-        redirect(handle, from, to).await?;
+    if guest {
+        let tap = link(handle, TAP).await?.index;
+        up(handle, tap, Some(cni.mtu)).await?;
+        for (from, to) in [(cni.index, tap), (tap, cni.index)] {
+            redirect(handle, from, to).await?;
+        }
     }
     let addresses = addresses(handle, cni.index).await?;
     let routes = routes(handle, cni.index).await?;

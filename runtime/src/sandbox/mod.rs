@@ -1,9 +1,12 @@
 //! A pod's sandbox, of whatever kind: the place in which an agent makes its containers.
 //!
-//! The CRI code knows only the [`Sandbox`] trait. [`microvm`] is the kind that exists; the `host` kind speaks the
-//! same agent protocol over a unix socket.
+//! The CRI code knows only the [`Sandbox`] trait. Its two kinds, [`microvm`] and [`host`], have a pod process ([`pod`]) and
+//! speak the same protocol with the same agent ([`agent`]), over vsock here and over a unix socket there.
 
+mod agent;
+pub mod host;
 pub mod microvm;
+pub mod pod;
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -17,7 +20,7 @@ use crate::network::PodNetwork;
 use crate::timings::Timings;
 
 /// What a sandbox is made from.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct SandboxPlan {
     /// The pod sandbox's ID: 64 hexadecimal digits.
     pub id: String,
@@ -25,9 +28,9 @@ pub struct SandboxPlan {
     pub hostname: String,
     /// Name servers, search domains and resolver options of the pod.
     pub dns: Dns,
-    /// Virtual CPUs, 1 to 32.
+    /// Virtual CPUs, 1 to 32; of a microVM.
     pub vcpus: u8,
-    /// Guest memory in MiB, the guest's own overhead included.
+    /// Guest memory in MiB, the guest's own overhead included; of a microVM.
     pub memory_mib: u32,
     /// The cgroup in which the kubelet accounts for the pod; empty: the daemon's default.
     pub cgroup_parent: String,
@@ -37,8 +40,19 @@ pub struct SandboxPlan {
     pub shared_pid_namespace: bool,
     /// Sysctls of the pod, by dotted name.
     pub sysctls: Vec<(String, String)>,
-    /// The most bytes that all writable layers of the pod may hold on the host's disk.
+    /// The most bytes that all writable layers of the pod may hold on the host's disk; of a microVM.
     pub scratch_bytes: u64,
+    /// What a pod on the host shares with it.
+    pub host: HostNamespaces,
+}
+
+/// Namespaces of the host that a pod on the host shares. Its PID namespaces are its containers' affair.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct HostNamespaces {
+    /// The network, and with it the hostname.
+    pub network: bool,
+    /// System V IPC and POSIX message queues.
+    pub ipc: bool,
 }
 
 /// A pod's resolver configuration (CRI `DNSConfig`).
@@ -175,7 +189,7 @@ pub trait Sandbox: Send + Sync {
     /// Waits until the container's output is in its log to the last byte, at most `limit`. False if it is not.
     async fn log_drained(&self, container_id: &str, limit: std::time::Duration) -> bool;
 
-    /// Shows an image layer (an EROFS file of the host) to the guest, read-only; the path in the guest.
+    /// Shows an image layer (an EROFS file of the host) to the agent, read-only; the path in the guest.
     /// The same layer given twice is shared.
     async fn share_layer(&self, container_id: &str, layer: &Path) -> Result<String, SandboxError>;
 

@@ -311,6 +311,7 @@ mod tests {
             id: id.into(),
             name: name.into(),
             handler: String::new(),
+            kind: Default::default(),
             created_at: 7,
             state: SandboxState::Creating,
             reason: String::new(),

@@ -8,6 +8,8 @@ use base64::engine::general_purpose::STANDARD;
 use caisson_proto::cri;
 use serde::{Deserialize, Serialize};
 
+use crate::config::HandlerKind;
+
 /// A protobuf message inside a record, kept in its own encoding.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Proto<T>(pub T);
@@ -72,6 +74,9 @@ pub struct SandboxRecord {
     pub name: String,
     /// The handler that was asked for.
     pub handler: String,
+    /// What that stood for.
+    #[serde(default)]
+    pub kind: HandlerKind,
     /// Unix time in nanoseconds.
     pub created_at: i64,
     /// What becomes of it.

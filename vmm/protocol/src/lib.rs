@@ -6,7 +6,7 @@
 //! After [`Request::Watch`] the connection carries only [`Event`]s, from the VMM to the daemon.
 //!
 //! The daemon starts `caisson-vmm` with one end of a socket pair as descriptor 3 and sends
-//! [`Request::Boot`] there. A daemon that comes later connects to the listener that `Boot` handed over.
+//! [`Request::Boot`] there (or [`Request::Join`], for a pod that has no machine). A daemon that comes later connects to the listener that `Boot` handed over.
 //! The VMM opens nothing by itself: everything it works on is in `Boot` or a later message.
 
 mod channel;

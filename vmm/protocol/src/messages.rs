@@ -12,6 +12,9 @@ pub struct FdIndex(pub u16);
 pub enum Request {
     /// Build the machine and run it. Once per process; answered when the vCPUs run.
     Boot(Box<VmConfig>),
+    /// In place of [`Request::Boot`], for a pod that runs on the host: watch its agent, which runs already, and write
+    /// its containers' logs. Answered when that is under way.
+    Join(Box<JoinConfig>),
     /// Say who you are and how you do.
     Status {
         /// The [`PROTOCOL_VERSION`](crate::PROTOCOL_VERSION) of the asker.
@@ -141,6 +144,29 @@ pub struct VsockConfig {
     pub listener: Option<FdIndex>,
 }
 
+/// A pod of the host to join: its agent is a process beside this one.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JoinConfig {
+    /// The sender's [`PROTOCOL_VERSION`](crate::PROTOCOL_VERSION).
+    pub version: u32,
+    /// A name for messages: the pod sandbox's ID.
+    pub id: String,
+    /// The directory in which the agent has its stream socket, [`STREAM_SOCKET`]. The process pivots into it.
+    pub agent_directory: FdIndex,
+    /// A pidfd of the agent: the pod ends with it.
+    pub agent: FdIndex,
+    /// The `cgroup.kill` file, open for writing, of the cgroup with the agent and all containers. "1" goes there when
+    /// the pod ends, however it does.
+    pub cgroup_kill: FdIndex,
+    /// As in [`VmConfig`].
+    pub control_listener: Option<FdIndex>,
+    /// As in [`VmConfig`].
+    pub exit_file: Option<FdIndex>,
+    /// As in [`VmConfig`].
+    pub jail: Option<JailConfig>,
+}
+
 /// The identity the process gives itself after it holds everything it needs.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -228,7 +254,7 @@ pub enum VmState {
 #[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "reason", content = "detail")]
 pub enum ExitReason {
-    /// The guest powered itself off.
+    /// The guest powered itself off, or the agent of a pod of the host ended as it was asked to.
     PoweredOff,
     /// The guest asked for a reset, which ends a pod's machine.
     Reset,
@@ -246,7 +272,8 @@ pub enum ExitReason {
 #[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Event {
-    /// The agent listens: the guest connected to host vsock port [`READY_PORT`].
+    /// The agent listens: the guest connected to host vsock port [`READY_PORT`], or a host pod's agent took a
+    /// connection.
     AgentReady,
     /// All output of this container is in its log, to the last byte.
     LogDrained {
@@ -272,3 +299,7 @@ pub const STREAM_PORT: u32 = 1025;
 /// Host port (CID 2) to which the agent connects once, to say that it listens. The connection is refused;
 /// its arrival is the message. No other connection from the guest is accepted.
 pub const READY_PORT: u32 = 1026;
+/// The unix socket of a host pod's agent in place of [`AGENT_PORT`]; a name in the agent's directory.
+pub const AGENT_SOCKET: &str = "agent.sock";
+/// The unix socket of a host pod's agent in place of [`STREAM_PORT`].
+pub const STREAM_SOCKET: &str = "streams.sock";

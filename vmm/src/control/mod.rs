@@ -25,8 +25,8 @@ use caisson_vmm_protocol::{
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::boot::Running;
 use crate::logs::{LogManager, NewLog};
+use crate::pod::Running;
 
 /// The most connections at a time. A daemon uses one for each request that it has under way.
 const MAX_CONNECTIONS: usize = 64;
@@ -37,7 +37,7 @@ const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
 /// How long a client may take to send the rest of a frame, or to take one.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Serves the daemon until it asks for the boot. `None` if it went away before.
+/// Serves the daemon until it asks for the boot, or to join a pod. `None` if it went away before.
 ///
 /// # Errors
 /// [`ChannelError`] if what came is no request.
@@ -49,7 +49,7 @@ pub fn await_boot(channel: &mut Channel) -> Result<Option<Frame<Request>>, Chann
             other => other?,
         };
         let reply = match &mut frame.message {
-            Request::Boot(_) => return Ok(Some(frame)),
+            Request::Boot(_) | Request::Join(_) => return Ok(Some(frame)),
             Request::Status { .. } => Reply::Status(status(VmState::New, false, &[])),
             Request::Kill => return Ok(None),
             _ => error("the machine has not been booted; send boot first"),
@@ -130,7 +130,7 @@ impl Control {
     /// Ends the machine's threads, once its end was told, and waits a bounded time for the containers' last
     /// output. Then tells the end to the exit file and all watchers, and waits a bounded time for these.
     pub fn finish(&self, reason: &ExitReason, exit_file: Option<File>) {
-        self.running.machine.stop();
+        self.running.pod.stop();
         if let Some(logs) = &self.running.logs
             && !logs.finish(LAST_OUTPUT)
         {
@@ -184,9 +184,9 @@ impl Control {
     }
 
     fn perform(&self, mut frame: Frame<Request>) -> Result<Reply, Box<dyn Error>> {
-        let machine = &self.running.machine;
+        let pod = &self.running.pod;
         match frame.message.clone() {
-            Request::Boot(_) => {
+            Request::Boot(_) | Request::Join(_) => {
                 return Err(
                     "the machine has been booted already; one process is one machine".into(),
                 );
@@ -199,11 +199,11 @@ impl Control {
             }
             Request::Status { .. } => {
                 let ready = self.events.agent_ready();
-                return Ok(Reply::Status(status(machine.state(), ready, &self.timings)));
+                return Ok(Reply::Status(status(pod.state(), ready, &self.timings)));
             }
-            Request::Pause => machine.pause(),
-            Request::Resume => machine.resume(),
-            Request::Kill => machine.ending().end(ExitReason::Killed),
+            Request::Pause => pod.pause()?,
+            Request::Resume => pod.resume()?,
+            Request::Kill => pod.ending().end(ExitReason::Killed),
             Request::Shutdown => self.shut_down()?,
             Request::AddLog(log) => {
                 let logs = self.logs()?;
@@ -251,9 +251,10 @@ impl Control {
             .connector
             .clone()
             .ok_or("this machine has no vsock device, so its guest cannot be asked; kill it")?;
+        self.running.pod.expect_end();
         let ask = move || {
             let asked = connector
-                .connect(STREAM_PORT, SHUTDOWN_LIMIT)
+                .dial(STREAM_PORT, SHUTDOWN_LIMIT)
                 .and_then(|mut stream| {
                     stream.set_read_timeout(Some(SHUTDOWN_LIMIT))?;
                     stream.write_all(b"SHUTDOWN\n")?;

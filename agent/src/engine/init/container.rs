@@ -6,6 +6,7 @@ use nix::mount::MsFlags;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::{Mode, umask};
 
+use super::host::Sources;
 use super::mount_options::propagation;
 use super::process::Ending;
 use super::resolve::Tree;
@@ -23,6 +24,7 @@ pub(super) fn run(
     plan: &Create,
     linux: &Linux,
     user: bool,
+    mut sources: Sources,
 ) -> Result<Infallible, Step> {
     stage::wait_for(channel, |message| matches!(message, Message::Continue))?;
     let spec = &plan.spec;
@@ -63,8 +65,9 @@ pub(super) fn run(
             .any(|namespace| namespace.kind == NamespaceKind::Cgroup),
     };
     let mut late = Vec::new();
-    for mount in &spec.mounts {
-        late.extend(mounts::make(&tree, mount, &context)?);
+    for (number, mount) in spec.mounts.iter().enumerate() {
+        let source = sources.remove(&number);
+        late.extend(mounts::make(&tree, mount, source, &context)?);
     }
     if devices::wanted(&spec.mounts) {
         devices::make(&tree, &linux.devices, user)?;

@@ -7,11 +7,13 @@
 //!
 //! Each step that fails ends the process with a sentence that says which step it was.
 
+mod apparmor;
 pub(crate) mod capabilities;
 mod console;
 mod container;
 mod devices;
 mod hooks;
+mod host;
 pub(crate) mod mount_options;
 mod mounts;
 pub(crate) mod process;
@@ -28,7 +30,7 @@ use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
 use nix::sched::{CloneFlags, unshare};
 
 use super::channel::{Channel, Message};
-use super::launch::{CGROUP, CHANNEL, PLAN, TARGET};
+use super::launch::{CGROUP, CHANNEL, HOST, PLAN, TARGET};
 use super::plan::Plan;
 use super::sys;
 
@@ -77,7 +79,7 @@ pub fn init_main() -> ! {
     // SAFETY: the engine placed these descriptors before it executed this program, and nothing has used them yet.
     let inherited = |number: RawFd| unsafe { OwnedFd::from_raw_fd(number) };
     // Somebody who runs the program this way by hand has no such descriptors.
-    let placed = (CHANNEL..=TARGET).all(|number| {
+    let placed = (CHANNEL..=HOST).all(|number| {
         // SAFETY: only asks for the flags of a number.
         unsafe { libc::fcntl(number, libc::F_GETFD) >= 0 }
     });
@@ -94,6 +96,7 @@ pub fn init_main() -> ! {
         inherited(PLAN).into(),
         inherited(CGROUP),
         inherited(TARGET),
+        inherited(HOST),
     );
     if let Err(step) = result {
         // Nobody is left to tell if this fails.
@@ -103,7 +106,13 @@ pub fn init_main() -> ! {
     std::process::exit(0);
 }
 
-fn run(channel: &Channel, plan: File, cgroup: OwnedFd, target: OwnedFd) -> Result<Done, Step> {
+fn run(
+    channel: &Channel,
+    plan: File,
+    cgroup: OwnedFd,
+    target: OwnedFd,
+    host: OwnedFd,
+) -> Result<Done, Step> {
     sys::close_on_exec_from(3).during(|| "mark descriptors".into())?;
     // What a container joins must not be able to look into this process or trace it.
     nix::sys::prctl::set_dumpable(false).during(|| "hide from ptrace".into())?;
@@ -111,8 +120,14 @@ fn run(channel: &Channel, plan: File, cgroup: OwnedFd, target: OwnedFd) -> Resul
         .map_err(io::Error::from)
         .during(|| "read the plan".into())?;
     match plan {
-        Plan::Create(plan) => stage::create(channel, *plan, cgroup.as_fd(), target.as_fd()),
-        Plan::Exec(plan) => stage::exec(channel, *plan, cgroup.as_fd(), target.as_fd()),
+        Plan::Create(plan) => {
+            let sources = host::open(&plan.spec.mounts, host)?;
+            stage::create(channel, *plan, cgroup.as_fd(), target.as_fd(), sources)
+        }
+        Plan::Exec(plan) => {
+            drop(host);
+            stage::exec(channel, *plan, cgroup.as_fd(), target.as_fd())
+        }
         Plan::Hooks(list, state) => {
             hooks::run(&list, &state)?;
             channel

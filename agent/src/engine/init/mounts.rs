@@ -27,10 +27,11 @@ pub(super) struct Context<'a> {
     pub cgroup_namespace: bool,
 }
 
-/// Makes one mount; hands back a tmpfs that is to become read-only once everything in it is made.
+/// Makes one mount, of `source` if that was opened before; hands back a tmpfs that is to become read-only once everything in it is made.
 pub(super) fn make(
     tree: &Tree,
     mount: &Mount,
+    source: Option<OwnedFd>,
     context: &Context<'_>,
 ) -> Result<Option<OwnedFd>, Step> {
     let what = || format!("mount {}", mount.destination);
@@ -44,7 +45,9 @@ pub(super) fn make(
         return Ok(None);
     }
     let mut late = false;
-    let detached = if options.bind || mount.kind == "bind" {
+    let detached = if let Some(source) = source {
+        source
+    } else if options.bind || mount.kind == "bind" {
         if !mount.source.starts_with('/') {
             return Err(Step::other(
                 what(),

@@ -5,7 +5,8 @@ use std::os::fd::BorrowedFd;
 
 use nix::sched::{CloneFlags, setns, unshare};
 
-use super::{Done, During, Step, container, process};
+use super::host::Sources;
+use super::{Done, During, Step, apparmor, container, process};
 use crate::engine::channel::{Channel, Message};
 use crate::engine::plan::{Create, Exec};
 use crate::engine::spec::{Linux, NamespaceKind, Process};
@@ -30,10 +31,12 @@ pub(super) fn create(
     plan: Create,
     cgroup: BorrowedFd<'_>,
     user_namespace: BorrowedFd<'_>,
+    sources: Sources,
 ) -> Result<Done, Step> {
     let linux = plan.spec.linux().into_owned();
     if let Some(process) = &plan.spec.process {
         set_oom_score(process)?;
+        apparmor::on_exec(&process.apparmor_profile)?;
     }
     // All are opened before the first is joined: a path means what it means to the agent.
     let mut joined = Vec::new();
@@ -70,7 +73,7 @@ pub(super) fn create(
             .during(|| "join the user namespace".into())?;
     }
     split(channel, new, cgroup, || {
-        container::run(channel, &plan, &linux, user)
+        container::run(channel, &plan, &linux, user, sources)
     })
 }
 
@@ -82,6 +85,7 @@ pub(super) fn exec(
     init: BorrowedFd<'_>,
 ) -> Result<Done, Step> {
     set_oom_score(&plan.process)?;
+    apparmor::on_exec(&plan.process.apparmor_profile)?;
     let all = plan
         .namespaces
         .iter()

@@ -292,7 +292,6 @@ fn linux(spec: &Spec) -> Result<(), SpecError> {
 pub(super) fn process(process: &Process) -> Result<(), SpecError> {
     refuse(&[
         (process.command_line, "process.commandLine"),
-        (process.apparmor_profile, "process.apparmorProfile"),
         (process.scheduler, "process.scheduler"),
         (process.selinux_label, "process.selinuxLabel"),
         (process.io_priority, "process.ioPriority"),
@@ -324,6 +323,13 @@ pub(super) fn process(process: &Process) -> Result<(), SpecError> {
         }
     }
     absolute(&process.cwd, "process.cwd")?;
+    let profile = &process.apparmor_profile;
+    if profile.len() > 1024 || profile.contains(char::is_control) {
+        return Err(SpecError::invalid(
+            "process.apparmorProfile",
+            "is not the name of a profile",
+        ));
+    }
     bounded(&process.rlimits, "process.rlimits")?;
     let mut seen = BTreeSet::new();
     for (index, limit) in process.rlimits.iter().enumerate() {

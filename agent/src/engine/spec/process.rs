@@ -28,8 +28,8 @@ pub struct Process {
     pub rlimits: Vec<Rlimit>,
     /// Sets no_new_privs.
     pub no_new_privileges: bool,
-    /// Not supported: the guest's kernel has no AppArmor.
-    pub apparmor_profile: Unsupported,
+    /// The AppArmor profile it runs under; empty: none. The guest's kernel has no AppArmor, a host's may.
+    pub apparmor_profile: String,
     /// Value for `/proc/<pid>/oom_score_adj`.
     pub oom_score_adj: Option<i32>,
     /// Not supported.

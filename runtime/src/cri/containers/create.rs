@@ -7,11 +7,13 @@ use caisson_proto::{agent, cri};
 use serde_json::Value;
 
 use super::super::registry::{Container, Pod, now};
-use super::super::spec::{self, ImageDefaults, signal};
+use super::super::spec::{self, AppArmor, ImageDefaults, signal};
 use super::super::{Context, CriError, guest, new_id, pods};
 use super::volumes;
+use crate::config::HandlerKind;
 use crate::image::Image;
 use crate::sandbox::Sandbox;
+use crate::sandbox::host::apparmor;
 use crate::store::{ContainerRecord, ContainerState, Proto, UserRecord};
 
 /// The most bytes of a seccomp profile.
@@ -177,6 +179,10 @@ async fn make(
         .unwrap_or_default();
 
     // Everything that can be refused without the guest is refused before the guest is touched.
+    let host = match pod.record().kind {
+        HandlerKind::Host => Some(host_pod(&config, &security, &pod_config).await?),
+        HandlerKind::MicroVm => None,
+    };
     let mut input = spec::Input {
         config: &config,
         image: &image_defaults(image),
@@ -185,9 +191,10 @@ async fn make(
         target_pid: target_pid(context, &security, pod)?,
         volumes: &[],
         seccomp_profile: seccomp_profile(&security).await?,
+        host: host.as_ref(),
     };
     spec::build(&input)?;
-    let host_paths = volumes::resolve(&config.mounts).await?;
+    let host_paths = volumes::resolve(&config.mounts, host.is_some()).await?;
 
     let shared = volumes::share(sandbox, &container.id, host_paths).await?;
     input.volumes = &shared;
@@ -225,6 +232,49 @@ async fn make(
         record.state = ContainerState::Created;
     });
     context.registry.save_container(container).await
+}
+
+/// What a container on the host gets of it.
+async fn host_pod(
+    config: &cri::ContainerConfig,
+    security: &cri::LinuxContainerSecurityContext,
+    pod: &cri::PodSandboxConfig,
+) -> Result<spec::HostPod, CriError> {
+    let asked = config.clone();
+    let devices = tokio::task::spawn_blocking(move || spec::devices(&asked))
+        .await
+        .map_err(|error| CriError::internal(format!("the devices cannot be read: {error}")))??;
+    Ok(spec::HostPod {
+        namespaces: pods::namespaces(pod),
+        devices,
+        apparmor: apparmor_profile(security).await?,
+    })
+}
+
+/// The name of the AppArmor profile, which is loaded if it is the runtime's own; empty: none.
+async fn apparmor_profile(
+    security: &cri::LinuxContainerSecurityContext,
+) -> Result<String, CriError> {
+    let enabled = apparmor::enabled().await;
+    match spec::apparmor(security)? {
+        AppArmor::Unconfined => Ok(String::new()),
+        AppArmor::Named(name) if enabled => Ok(name),
+        AppArmor::Named(name) => Err(CriError::invalid(format!(
+            "the container asks for the AppArmor profile {name}, and the node's kernel has no AppArmor"
+        ))),
+        // Without AppArmor in the kernel the runtime's default is none.
+        AppArmor::Default { .. } if !enabled => Ok(String::new()),
+        AppArmor::Default { asked } => match apparmor::load_default().await {
+            Ok(()) => Ok(apparmor::DEFAULT_PROFILE.to_owned()),
+            Err(error) if asked => Err(CriError::precondition(format!(
+                "the runtime's AppArmor profile cannot be loaded: {error}"
+            ))),
+            Err(error) => {
+                tracing::warn!(%error, "a container runs without the runtime's AppArmor profile");
+                Ok(String::new())
+            }
+        },
+    }
 }
 
 /// The process whose PID namespace the container asks to join.

@@ -4,6 +4,7 @@ mod create;
 pub mod exec;
 pub mod exits;
 pub mod log;
+mod propagation;
 mod recover;
 mod remove;
 mod start;

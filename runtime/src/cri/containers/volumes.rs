@@ -6,6 +6,7 @@ use caisson_proto::cri;
 
 use super::super::CriError;
 use super::super::spec::Volume;
+use super::propagation;
 use crate::sandbox::Sandbox;
 
 /// The most volumes of one container.
@@ -22,7 +23,7 @@ pub struct HostVolume {
 ///
 /// # Errors
 /// INVALID_ARGUMENT or UNIMPLEMENTED that names the mount and what about it is not possible.
-pub async fn resolve(mounts: &[cri::Mount]) -> Result<Vec<HostVolume>, CriError> {
+pub async fn resolve(mounts: &[cri::Mount], on_host: bool) -> Result<Vec<HostVolume>, CriError> {
     if mounts.len() > MAX_VOLUMES {
         return Err(CriError::invalid(format!(
             "the container has {} mounts; at most {MAX_VOLUMES} are possible",
@@ -43,6 +44,7 @@ pub async fn resolve(mounts: &[cri::Mount]) -> Result<Vec<HostVolume>, CriError>
         }
         match mount.propagation() {
             cri::MountPropagation::PropagationPrivate => {}
+            _ if on_host => {}
             other => {
                 return Err(CriError::unimplemented(format!(
                     "the mount at {at} has the propagation {}, and mounts do not propagate into a microVM; use PROPAGATION_PRIVATE",
@@ -80,12 +82,13 @@ pub async fn resolve(mounts: &[cri::Mount]) -> Result<Vec<HostVolume>, CriError>
             .file_type();
         // A device must not be mistaken for a directory of the host, nor the other way round.
         // must-test: a bind-mounted directory mistaken for a block device
-        if !kind.is_dir() && !kind.is_file() {
+        if !on_host && !kind.is_dir() && !kind.is_file() {
             return Err(CriError::unimplemented(format!(
                 "the mount at {at} has the host path {}, which is a socket, a pipe or a device and means nothing in a microVM; use a handler of kind `host`",
                 mount.host_path
             )));
         }
+        propagation::check(&path, mount).await?;
         all.push(HostVolume {
             path,
             mount: mount.clone(),
@@ -108,11 +111,13 @@ pub async fn share(
         let source = sandbox
             .share_volume(container_id, &path, mount.readonly)
             .await?;
+        let propagation = mount.propagation();
         shared.push(Volume {
             source,
             destination: mount.container_path,
             read_only: mount.readonly,
             recursive_read_only: mount.recursive_read_only,
+            propagation,
         });
     }
     Ok(shared)
@@ -142,14 +147,27 @@ mod tests {
             "/nonexistent",
             "relative",
         ] {
-            let error = resolve(&[mount(path)]).await.unwrap_err();
+            let error = resolve(&[mount(path)], false).await.unwrap_err();
             assert!(error.message.contains(path), "{error}");
             assert!(error.message.contains("/data"), "{error}");
         }
         let link = dir.path().join("link");
         std::os::unix::fs::symlink(dir.path(), &link).unwrap();
-        let resolved = resolve(&[mount(link.to_str().unwrap())]).await.unwrap();
+        let resolved = resolve(&[mount(link.to_str().unwrap())], false)
+            .await
+            .unwrap();
         assert_eq!(resolved[0].path, dir.path().canonicalize().unwrap());
+    }
+
+    #[tokio::test]
+    async fn the_host_shares_whatever_it_has() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("s");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        for path in [socket.to_str().unwrap(), "/dev/null", "/"] {
+            resolve(&[mount(path)], true).await.unwrap();
+        }
+        assert!(resolve(&[mount("/nonexistent")], true).await.is_err());
     }
 
     #[tokio::test]
@@ -158,7 +176,7 @@ mod tests {
             propagation: cri::MountPropagation::PropagationBidirectional as i32,
             ..mount("/tmp")
         };
-        let error = resolve(&[shared]).await.unwrap_err();
+        let error = resolve(&[shared], false).await.unwrap_err();
         assert!(
             error.message.contains("PROPAGATION_BIDIRECTIONAL"),
             "{error}"
@@ -170,12 +188,12 @@ mod tests {
             }),
             ..mount("")
         };
-        let error = resolve(&[image]).await.unwrap_err();
+        let error = resolve(&[image], false).await.unwrap_err();
         assert_eq!(error.code, tonic::Code::Unimplemented);
         let rro = cri::Mount {
             recursive_read_only: true,
             ..mount("/tmp")
         };
-        assert!(resolve(&[rro]).await.is_err());
+        assert!(resolve(&[rro], false).await.is_err());
     }
 }

@@ -13,8 +13,9 @@ const MAX_FILE: u64 = 64 << 10;
 /// The most name servers that a resolver looks at (resolv.conf(5), MAXNS).
 const MAX_SERVERS: usize = 3;
 
-/// What the client asked for; the node's own where it asked for nothing.
-pub async fn of(config: &cri::PodSandboxConfig) -> Dns {
+/// What the client asked for; the node's own where it asked for nothing. A pod `on_host_network` reaches what the node
+/// does.
+pub async fn of(config: &cri::PodSandboxConfig, on_host_network: bool) -> Dns {
     if let Some(dns) = config.dns_config.clone() {
         return Dns {
             servers: dns.servers,
@@ -27,14 +28,15 @@ pub async fn of(config: &cri::PodSandboxConfig) -> Dns {
             .await
             .is_ok_and(|meta| meta.is_file() && meta.len() <= MAX_FILE);
         if small && let Ok(text) = tokio::fs::read_to_string(path).await {
-            return parse(&text);
+            return parse(&text, on_host_network);
         }
     }
     Dns::default()
 }
 
-/// Reads a resolv.conf(5). A server on the node's loopback device is not reachable from a pod and left out.
-fn parse(text: &str) -> Dns {
+/// Reads a resolv.conf(5). A server on the node's loopback device is not reachable from a pod and left out, unless
+/// the `loopback` device is the pod's too.
+fn parse(text: &str, loopback: bool) -> Dns {
     let mut dns = Dns::default();
     for line in text.lines() {
         let line = line.split(['#', ';']).next().unwrap_or_default();
@@ -45,7 +47,7 @@ fn parse(text: &str) -> Dns {
             Some("nameserver") => dns.servers.extend(values.take(1).filter(|server| {
                 server
                     .parse::<IpAddr>()
-                    .is_ok_and(|address| !address.is_loopback())
+                    .is_ok_and(|address| loopback || !address.is_loopback())
             })),
             Some("search" | "domain") => dns.searches = values.collect(),
             Some("options") => dns.options.extend(values),
@@ -65,9 +67,11 @@ mod tests {
         let dns = parse(
             "# comment\nnameserver 127.0.0.53\nnameserver 10.0.0.2 ; here\nnameserver fe80::1%eth0\n\
              nameserver 2001:db8::1\nsearch a.example b.example\noptions ndots:2 timeout:1\nbogus\n",
+            false,
         );
         assert_eq!(dns.servers, ["10.0.0.2", "2001:db8::1"]);
         assert_eq!(dns.searches, ["a.example", "b.example"]);
         assert_eq!(dns.options, ["ndots:2", "timeout:1"]);
+        assert_eq!(parse("nameserver 127.0.0.53", true).servers, ["127.0.0.53"]);
     }
 }

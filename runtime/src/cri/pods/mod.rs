@@ -5,6 +5,7 @@ mod recover;
 mod remove;
 mod resize;
 mod run;
+mod sandbox;
 mod size;
 mod stop;
 mod view;
@@ -26,7 +27,19 @@ use crate::store::{SandboxRecord, SandboxState};
 /// A pod's annotation that says which network it gets: "cni" (as without it), or "none" for a loopback device only.
 pub const NETWORK_ANNOTATION: &str = "caisson.dev/network";
 
-/// Whether the pod wants a network beside its loopback device.
+/// The namespaces that the pod asks for.
+pub fn namespaces(config: &cri::PodSandboxConfig) -> cri::NamespaceOption {
+    let linux = config.linux.clone().unwrap_or_default();
+    let security = linux.security_context.unwrap_or_default();
+    security.namespace_options.unwrap_or_default()
+}
+
+/// Whether the pod's network is the node's.
+pub fn on_host_network(config: &cri::PodSandboxConfig) -> bool {
+    namespaces(config).network() == cri::NamespaceMode::Node
+}
+
+/// Whether the pod wants a network of its own beside its loopback device.
 ///
 /// # Errors
 /// INVALID_ARGUMENT for a value of [`NETWORK_ANNOTATION`] that is not known.
@@ -36,7 +49,7 @@ fn wants_network(config: &cri::PodSandboxConfig) -> Result<bool, CriError> {
         .get(NETWORK_ANNOTATION)
         .map(String::as_str)
     {
-        None | Some("cni") => Ok(true),
+        None | Some("cni") => Ok(!on_host_network(config)),
         Some("none") => Ok(false),
         Some(other) => Err(CriError::invalid(format!(
             "the annotation {NETWORK_ANNOTATION} is {other} and must be cni or none"

@@ -5,8 +5,7 @@ use std::sync::Arc;
 use super::super::containers;
 use super::super::registry::{Pod, describe};
 use super::super::{Context, CriError};
-use super::{remove, run, stop, watch};
-use crate::sandbox::microvm::MicroVm;
+use super::{remove, run, sandbox, stop, watch};
 use crate::store::SandboxState;
 
 /// Reads the records, connects to the pods that run, and brings to an end what the last daemon left half done.
@@ -39,8 +38,8 @@ pub async fn recover(context: &Arc<Context>) -> Result<(), CriError> {
 }
 
 async fn recover_pod(context: &Arc<Context>, pod: &Arc<Pod>) {
-    match MicroVm::recover(&pod.id, &context.microvm).await {
-        Ok(sandbox) => pod.set_sandbox(Some(Arc::new(sandbox))),
+    match sandbox::find(context, &pod.record()).await {
+        Ok(sandbox) => pod.set_sandbox(Some(sandbox)),
         Err(error) => {
             tracing::error!(pod = pod.id, %error, "the pod cannot be found again");
             pod.change(|record| {

@@ -5,6 +5,7 @@ use caisson_proto::cri;
 use super::super::registry::Pod;
 use super::super::{Context, CriError, spec};
 use super::size;
+use crate::config::HandlerKind;
 
 /// Checks that a pod's machine holds its new limits: one that runs has the CPUs and the memory that it was booted
 /// with. There is nothing else to do: the kubelet changes the pod's cgroup on the host, and the containers' own limits
@@ -19,6 +20,10 @@ pub fn resize(
     resources: Option<cri::LinuxContainerResources>,
 ) -> Result<(), CriError> {
     pod.ready()?;
+    // On the host there is no machine.
+    if pod.record().kind == HandlerKind::Host {
+        return Ok(());
+    }
     let config = &context.config.microvm;
     let mut wanted = pod.record().config.0;
     let (vcpus, memory) = size::machine(&wanted, config);

@@ -6,11 +6,12 @@ use caisson_proto::cri;
 
 use super::super::registry::{Pod, now};
 use super::super::{Context, CriError, new_id, spec};
-use super::{dns, identity, shares_pid, size, wants_network, watch};
+use super::{
+    dns, identity, namespaces, on_host_network, sandbox, shares_pid, size, wants_network, watch,
+};
 use crate::config::HandlerKind;
 use crate::network::PodNetwork;
-use crate::sandbox::microvm::MicroVm;
-use crate::sandbox::{Sandbox, SandboxPlan};
+use crate::sandbox::{HostNamespaces, SandboxPlan};
 use crate::store::{NetworkRecord, Proto, SandboxRecord, SandboxState};
 use crate::timings::Timings;
 
@@ -30,13 +31,16 @@ pub async fn run(
     let config = request
         .config
         .ok_or_else(|| CriError::invalid("the request has no pod configuration"))?;
-    let name = check(context, &config, &request.runtime_handler)?;
-    context.kvm.require().await?;
+    let (name, kind) = check(context, &config, &request.runtime_handler)?;
+    if kind == HandlerKind::MicroVm {
+        context.kvm.require().await?;
+    }
 
     let record = SandboxRecord {
         id: new_id(),
         name,
         handler: request.runtime_handler,
+        kind,
         created_at: now(),
         state: SandboxState::Creating,
         reason: String::new(),
@@ -63,37 +67,43 @@ pub async fn run(
     }
 }
 
-/// Checks the request; the name to reserve.
+/// Checks the request; the name to reserve, and the kind of sandbox.
 fn check(
     context: &Context,
     config: &cri::PodSandboxConfig,
     handler: &str,
-) -> Result<String, CriError> {
+) -> Result<(String, HandlerKind), CriError> {
     let metadata = config
         .metadata
         .as_ref()
         .filter(|metadata| !metadata.name.is_empty())
         .ok_or_else(|| CriError::invalid("the pod configuration has no metadata with a name"))?;
-    match context.config.handler(handler) {
-        Some(HandlerKind::MicroVm) => spec::check_pod(config)?,
+    let kind = match context.config.handler(handler) {
+        Some(HandlerKind::MicroVm) => {
+            spec::check_pod(config, &context.config.host_hint())?;
+            HandlerKind::MicroVm
+        }
         Some(HandlerKind::Host) if !context.config.allow_host => {
             return Err(CriError::invalid(format!(
-                "the runtime handler {handler} runs pods without a VM, which allow_host in the configuration does not allow"
+                "the runtime handler {handler} runs pods on the host without a VM, which is not allowed; an administrator can set allow_host = true in the configuration"
             )));
         }
         Some(HandlerKind::Host) => {
-            return Err(CriError::unimplemented(format!(
-                "the runtime handler {handler} is of kind host, which this release does not have"
-            )));
+            spec::check_host_pod(config)?;
+            HandlerKind::Host
         }
         None => {
-            let known: Vec<_> = context.config.handlers.keys().map(String::as_str).collect();
+            let known: Vec<_> = context
+                .config
+                .usable_handlers()
+                .map(|(name, _)| name)
+                .collect();
             return Err(CriError::invalid(format!(
                 "the runtime handler {handler} is not known; known are: {}",
                 known.join(", ")
             )));
         }
-    }
+    };
     wants_network(config)?;
     if config.hostname.len() > MAX_HOSTNAME {
         return Err(CriError::invalid(format!(
@@ -115,10 +125,11 @@ fn check(
             "the pod configuration has a windows section, and this is a Linux runtime",
         ));
     }
-    Ok(format!(
+    let name = format!(
         "{}_{}_{}_{}",
         metadata.name, metadata.namespace, metadata.uid, metadata.attempt
-    ))
+    );
+    Ok((name, kind))
 }
 
 /// The steps, in order: the network first, because the machine is built with its tap; the record is ready last,
@@ -128,7 +139,8 @@ async fn make(context: &Arc<Context>, pod: &Arc<Pod>) -> Result<(), CriError> {
     let record = pod.record();
     let network = if wants_network(&record.config.0)? {
         let identity = identity(&record);
-        let setup = context.network.setup(&identity);
+        let guest = record.kind == HandlerKind::MicroVm;
+        let setup = context.network.setup(&identity, guest);
         Some(timings.step("network", setup).await?)
     } else {
         None
@@ -141,7 +153,7 @@ async fn make(context: &Arc<Context>, pod: &Arc<Pod>) -> Result<(), CriError> {
     let plan = SandboxPlan {
         id: pod.id.clone(),
         hostname: hostname(config, &pod.id),
-        dns: dns::of(config).await,
+        dns: dns::of(config, on_host_network(config)).await,
         vcpus,
         memory_mib,
         cgroup_parent: linux.cgroup_parent,
@@ -149,13 +161,12 @@ async fn make(context: &Arc<Context>, pod: &Arc<Pod>) -> Result<(), CriError> {
         shared_pid_namespace: shares_pid(config),
         sysctls: linux.sysctls.into_iter().collect(),
         scratch_bytes: u64::from(context.config.microvm.scratch_gib) * GIB,
+        host: HostNamespaces {
+            network: on_host_network(config),
+            ipc: namespaces(config).ipc() == cri::NamespaceMode::Node,
+        },
     };
-    let turn = timings
-        .step("wait for a turn", context.boots.acquire())
-        .await;
-    let sandbox = MicroVm::start(&plan, &context.microvm, timings).await?;
-    drop(turn);
-    let sandbox: Arc<dyn Sandbox> = Arc::new(sandbox);
+    let sandbox = sandbox::start(context, record.kind, &plan, timings).await?;
     pod.set_sandbox(Some(sandbox));
     pod.change(|record| record.state = SandboxState::Ready);
     context.registry.save_pod(pod).await?;
@@ -184,8 +195,13 @@ fn shown(network: &PodNetwork) -> NetworkRecord {
     }
 }
 
-/// The hostname asked for; without one, the beginning of the ID.
+/// The hostname asked for; without one, the beginning of the ID. Who has the node's network has its name.
 pub fn hostname(config: &cri::PodSandboxConfig, id: &str) -> String {
+    if on_host_network(config)
+        && let Ok(name) = nix::unistd::gethostname()
+    {
+        return name.to_string_lossy().into_owned();
+    }
     if config.hostname.is_empty() {
         id.chars().take(12).collect()
     } else {
@@ -199,7 +215,7 @@ pub(super) async fn undo(context: &Context, pod: &Arc<Pod>, reason: &str) {
     let undone = async {
         let sandbox = match pod.sandbox() {
             Some(sandbox) => sandbox,
-            None => Arc::new(MicroVm::recover(&pod.id, &context.microvm).await?),
+            None => sandbox::find(context, &pod.record()).await?,
         };
         sandbox.stop(std::time::Duration::ZERO).await?;
         sandbox.remove().await?;

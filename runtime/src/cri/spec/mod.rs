@@ -1,9 +1,10 @@
 //! From a CRI container configuration and an image's configuration to an OCI runtime spec (version 1.2).
 //!
-//! The spec is for the agent in the guest. Network, IPC and UTS namespaces of a pod are the guest's own, so they do
-//! not appear in it. A host path never appears either: volumes come as paths in the guest.
+//! The spec is for the pod's agent. Network, IPC and UTS namespaces of a pod are the guest's own, or the agent's on the
+//! host, so they do not appear in it. A host path does not appear as such either: volumes come as the agent's paths.
 
 mod capabilities;
+mod host;
 mod mounts;
 mod process;
 mod resources;
@@ -14,6 +15,7 @@ pub mod signal;
 use caisson_proto::cri;
 use serde_json::{Value, json};
 
+pub use host::{AppArmor, HostPod, apparmor, check_host_pod, devices};
 pub use process::{ImageDefaults, exec_process};
 pub use resources::{linux_resources, merge};
 pub use security::{check_pod, seccomp_file};
@@ -34,6 +36,8 @@ pub struct Volume {
     pub read_only: bool,
     /// Whether writes are refused in mounts below it too.
     pub recursive_read_only: bool,
+    /// How mounts pass between the container and the host.
+    pub propagation: cri::MountPropagation,
 }
 
 /// What a spec is made from.
@@ -53,6 +57,8 @@ pub struct Input<'a> {
     pub volumes: &'a [Volume],
     /// The text of the seccomp profile that the configuration names by path.
     pub seccomp_profile: Option<Value>,
+    /// For a pod on the host; `None` for a microVM.
+    pub host: Option<&'a HostPod>,
 }
 
 /// Makes the spec.
@@ -63,21 +69,34 @@ pub fn build(input: &Input<'_>) -> Result<Value, CriError> {
     let linux = input.config.linux.clone().unwrap_or_default();
     let security = linux.security_context.clone().unwrap_or_default();
     let privileged = security.privileged;
-    security::check_container(input.config, &security)?;
+    security::check_container(input.config, &security, input.host)?;
 
     let mut resources = linux_resources(&linux.resources.clone().unwrap_or_default())?;
     // The engine adds what every container may use (null, zero, tty, …) to a refusal of everything.
-    resources["devices"] = json!([{ "allow": privileged, "access": "rwm" }]);
+    let mut rules = vec![json!({ "allow": privileged, "access": "rwm" })];
+    let devices = input.host.map_or(&[][..], |host| &host.devices);
+    if !privileged {
+        rules.extend(devices.iter().map(host::HostDevice::rule));
+    }
+    resources["devices"] = rules.into();
     let mut oci_linux = json!({
-        "namespaces": security::namespaces(&security, input.shared_pid, input.target_pid)?,
+        "namespaces":
+            security::namespaces(&security, input.shared_pid, input.target_pid, input.host)?,
         "resources": resources,
-        "rootfsPropagation": "rprivate",
+        // Of the root alone: volumes have their own.
+        "rootfsPropagation": "private",
     });
+    if !devices.is_empty() {
+        oci_linux["devices"] = devices.iter().map(host::HostDevice::node).collect();
+    }
     if !privileged {
         oci_linux["maskedPaths"] = security::masked_paths(&security).into();
         oci_linux["readonlyPaths"] = security::readonly_paths(&security).into();
     }
-    let process = process::container_process(input, &security)?;
+    let mut process = process::container_process(input, &security)?;
+    if let Some(host) = input.host.filter(|host| !host.apparmor.is_empty()) {
+        process["apparmorProfile"] = host.apparmor.clone().into();
+    }
     if let Some(profile) = security::seccomp_choice(&security, input.seccomp_profile.as_ref())? {
         oci_linux["seccomp"] = match profile {
             security::Seccomp::Default => {
@@ -133,6 +152,7 @@ pub(super) mod tests {
             target_pid: None,
             volumes: &[],
             seccomp_profile: None,
+            host: None,
         })
     }
 
@@ -144,8 +164,41 @@ pub(super) mod tests {
             privileged: true,
             ..Default::default()
         });
-        for config in [config(), confined(), privileged] {
-            let ours = built(&config).unwrap();
+        let host = HostPod {
+            devices: devices(&cri::ContainerConfig {
+                devices: vec![cri::Device {
+                    container_path: "/dev/x".into(),
+                    host_path: "/dev/null".into(),
+                    permissions: "rw".into(),
+                }],
+                ..config()
+            })
+            .unwrap(),
+            apparmor: "p".into(),
+            ..HostPod::default()
+        };
+        let on_host = |config: &cri::ContainerConfig| {
+            build(&Input {
+                config,
+                image: &ImageDefaults::default(),
+                hostname: "web",
+                shared_pid: true,
+                target_pid: None,
+                volumes: &[],
+                seccomp_profile: None,
+                host: Some(&host),
+            })
+        };
+        let all = [
+            built(&config()),
+            built(&confined()),
+            built(&privileged),
+            on_host(&config()),
+            on_host(&confined()),
+            on_host(&privileged),
+        ];
+        for ours in all {
+            let ours = ours.unwrap();
             let theirs: oci_spec::runtime::Spec = serde_json::from_value(ours.clone()).unwrap();
             assert_subset(&ours, &serde_json::to_value(theirs).unwrap(), "spec");
         }

@@ -5,9 +5,13 @@ use serde_json::{Value, json};
 
 use super::super::CriError;
 use super::Input;
+use crate::sandbox::host::HOST_PATH;
 
 /// Where the agent keeps what the containers of a pod share.
 const SANDBOX_DIR: &str = "/run/caisson/sandbox";
+/// Mounts in the place of which a privileged container on the host has the host's.
+const CGROUP_DIR: &str = "/sys/fs/cgroup";
+const SHM_DIR: &str = "/dev/shm";
 
 /// `mounts` of the spec, in the order in which they are made.
 ///
@@ -22,6 +26,17 @@ pub fn mounts(
         .as_ref()
         .is_some_and(|options| options.ipc() == cri::NamespaceMode::Container);
     let mut all = defaults(security.privileged, own_ipc);
+    if let Some(host) = input.host {
+        // A new mount of the host's whole hierarchy would set its options anew.
+        if security.privileged {
+            all.retain(|mount| mount["destination"] != CGROUP_DIR);
+            all.push(of_host(CGROUP_DIR, &["nosuid", "noexec", "nodev", "rw"]));
+        }
+        if host.namespaces.ipc() == cri::NamespaceMode::Node && !own_ipc {
+            all.retain(|mount| mount["destination"] != SHM_DIR);
+            all.push(of_host(SHM_DIR, &["nosuid", "noexec", "nodev"]));
+        }
+    }
     for name in ["hostname", "hosts", "resolv.conf"] {
         let access = if security.readonly_rootfs { "ro" } else { "rw" };
         all.push(json!({
@@ -44,12 +59,31 @@ pub fn mounts(
             "destination": destination,
             "type": "bind",
             "source": volume.source,
-            "options": ["rbind", "rprivate", access],
+            "options": ["rbind", propagation(volume.propagation), access],
         }));
     }
     // What lies deeper is mounted later, or it would be hidden.
     all.sort_by_key(|mount| depth(mount["destination"].as_str().unwrap_or_default()));
     Ok(all)
+}
+
+/// A bind mount of a directory of the host at the same path.
+fn of_host(path: &str, more: &[&str]) -> Value {
+    let options: Vec<_> = ["rbind", "rprivate"].iter().chain(more).collect();
+    json!({
+        "destination": path,
+        "type": "bind",
+        "source": format!("{HOST_PATH}{path}"),
+        "options": options,
+    })
+}
+
+fn propagation(asked: cri::MountPropagation) -> &'static str {
+    match asked {
+        cri::MountPropagation::PropagationPrivate => "rprivate",
+        cri::MountPropagation::PropagationHostToContainer => "rslave",
+        cri::MountPropagation::PropagationBidirectional => "rshared",
+    }
 }
 
 fn defaults(privileged: bool, own_ipc: bool) -> Vec<Value> {
@@ -164,6 +198,7 @@ mod tests {
                 target_pid: None,
                 volumes,
                 seccomp_profile: None,
+                host: None,
             },
             &cri::LinuxContainerSecurityContext::default(),
         )
@@ -175,6 +210,7 @@ mod tests {
             destination: destination.into(),
             read_only: true,
             recursive_read_only: false,
+            propagation: cri::MountPropagation::PropagationPrivate,
         }
     }
 

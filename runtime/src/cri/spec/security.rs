@@ -6,6 +6,7 @@ use cri::security_profile::ProfileType;
 use serde_json::{Value, json};
 
 use super::super::CriError;
+use super::HostPod;
 
 /// The pod's shared PID namespace, in the guest.
 const SHARED_PID: &str = "/run/caisson/ns/pid";
@@ -46,8 +47,8 @@ pub enum Seccomp {
 /// Checks that a microVM can be what this pod asks for.
 ///
 /// # Errors
-/// INVALID_ARGUMENT or UNIMPLEMENTED that names the field, and the handler kind that would do.
-pub fn check_pod(config: &cri::PodSandboxConfig) -> Result<(), CriError> {
+/// INVALID_ARGUMENT or UNIMPLEMENTED that names the field; `host_hint` says how to have such a pod.
+pub fn check_pod(config: &cri::PodSandboxConfig, host_hint: &str) -> Result<(), CriError> {
     let linux = config.linux.clone().unwrap_or_default();
     let security = linux.security_context.unwrap_or_default();
     let options = security.namespace_options.unwrap_or_default();
@@ -58,7 +59,7 @@ pub fn check_pod(config: &cri::PodSandboxConfig) -> Result<(), CriError> {
     ] {
         if mode == NamespaceMode::Node {
             return Err(CriError::invalid(format!(
-                "a pod with {name} cannot be in a microVM; give it a runtime class whose handler is of kind `host`"
+                "a pod with {name} cannot be in a microVM; {host_hint}"
             )));
         }
     }
@@ -67,30 +68,36 @@ pub fn check_pod(config: &cri::PodSandboxConfig) -> Result<(), CriError> {
             "a network namespace for each container of a pod is not supported; ask for POD",
         ));
     }
-    check_user_namespace(&options)
+    check_user_namespace(&options, "in a microVM, which has a kernel of its own")
 }
 
-fn check_user_namespace(options: &cri::NamespaceOption) -> Result<(), CriError> {
+pub(super) fn check_user_namespace(
+    options: &cri::NamespaceOption,
+    here: &str,
+) -> Result<(), CriError> {
     match &options.userns_options {
         Some(userns) if userns.mode() == NamespaceMode::Node => Ok(()),
         Some(userns) if !userns.uids.is_empty() || !userns.gids.is_empty() => {
-            Err(CriError::unimplemented(
-                "a user namespace (userns_options) is not supported: the pod has a kernel of its own; leave it out",
-            ))
+            Err(CriError::unimplemented(format!(
+                "a user namespace (userns_options) is not supported {here}; leave it out"
+            )))
         }
         _ => Ok(()),
     }
 }
 
-/// Checks what no spec could express in a microVM.
+/// Checks what no spec could express, in a microVM where there is no `host`.
 ///
 /// # Errors
 /// INVALID_ARGUMENT or UNIMPLEMENTED that names the field.
 pub fn check_container(
     config: &cri::ContainerConfig,
     security: &cri::LinuxContainerSecurityContext,
+    host: Option<&HostPod>,
 ) -> Result<(), CriError> {
-    if let Some(device) = config.devices.first() {
+    if host.is_none()
+        && let Some(device) = config.devices.first()
+    {
         return Err(CriError::unimplemented(format!(
             "the device {} of the host cannot be given to a microVM; use a handler of kind `host`",
             device.host_path
@@ -98,7 +105,7 @@ pub fn check_container(
     }
     if let Some(device) = config.cdi_devices.first() {
         return Err(CriError::unimplemented(format!(
-            "the CDI device {} cannot be given to a microVM",
+            "the CDI device {} cannot be given to a container; CDI is not supported",
             device.name
         )));
     }
@@ -113,15 +120,19 @@ pub fn check_container(
         .is_some_and(|profile| profile.profile_type() == ProfileType::Localhost);
     #[allow(deprecated)] // clients of older Kubernetes releases still set it
     let named_apparmor = security.apparmor_profile.starts_with("localhost/");
-    if local_apparmor || named_apparmor {
+    if host.is_none() && (local_apparmor || named_apparmor) {
         return Err(CriError::unimplemented(
             "an AppArmor profile of the host has no meaning in the guest's kernel; use RuntimeDefault or Unconfined",
         ));
     }
-    check_user_namespace(&security.namespace_options.clone().unwrap_or_default())
+    check_user_namespace(
+        &security.namespace_options.clone().unwrap_or_default(),
+        "for containers",
+    )
 }
 
-/// `linux.namespaces`. The pod's network, IPC and UTS namespaces are the guest's own and not listed.
+/// `linux.namespaces`. The pod's network, IPC and UTS namespaces are the guest's own, or the agent's on the host, and
+/// not listed.
 ///
 /// # Errors
 /// INVALID_ARGUMENT for a namespace mode that is not possible.
@@ -129,21 +140,41 @@ pub fn namespaces(
     security: &cri::LinuxContainerSecurityContext,
     shared_pid: bool,
     target_pid: Option<i32>,
+    host: Option<&HostPod>,
 ) -> Result<Vec<Value>, CriError> {
     let options = security.namespace_options.clone().unwrap_or_default();
     let mut all = vec![json!({ "type": "mount" })];
     if !security.privileged {
         all.push(json!({ "type": "cgroup" }));
+    } else if host.is_some() {
+        // Else it would have the pod's, which is the agent's own.
+        all.push(json!({ "type": "cgroup", "path": "/proc/1/ns/cgroup" }));
     }
-    for (mode, name) in [
-        (options.network(), "network"),
-        (options.pid(), "pid"),
-        (options.ipc(), "ipc"),
+    let of_pod = host.map(|host| &host.namespaces);
+    for (mode, pods, name) in [
+        (options.network(), of_pod.map(|o| o.network()), "network"),
+        (options.pid(), of_pod.map(|o| o.pid()), "pid"),
+        (options.ipc(), of_pod.map(|o| o.ipc()), "ipc"),
     ] {
-        if mode == NamespaceMode::Node {
-            return Err(CriError::invalid(format!(
-                "a container in a microVM cannot have the node's {name} namespace; use a handler of kind `host`"
-            )));
+        let node = NamespaceMode::Node;
+        match pods {
+            None if mode == node => {
+                return Err(CriError::invalid(format!(
+                    "a container in a microVM cannot have the node's {name} namespace; use a handler of kind `host`"
+                )));
+            }
+            // The agent is in the pod's namespaces, and cannot leave them for one container.
+            Some(pods) if (mode == node) != (pods == node) && name != "pid" => {
+                return Err(CriError::invalid(format!(
+                    "the container and its pod do not agree on the node's {name} namespace; ask for NODE in both or in neither"
+                )));
+            }
+            Some(pods) if mode == node && pods != node => {
+                return Err(CriError::invalid(
+                    "the container asks for the node's pid namespace and its pod does not; ask for NODE in both",
+                ));
+            }
+            _ => {}
         }
     }
     match options.pid() {
@@ -163,7 +194,8 @@ pub fn namespaces(
             })?;
             all.push(json!({ "type": "pid", "path": format!("/proc/{pid}/ns/pid") }));
         }
-        NamespaceMode::Container | NamespaceMode::Node => all.push(json!({ "type": "pid" })),
+        NamespaceMode::Container => all.push(json!({ "type": "pid" })),
+        NamespaceMode::Node => {}
     }
     if options.ipc() == NamespaceMode::Container {
         all.push(json!({ "type": "ipc" }));
@@ -285,11 +317,11 @@ mod tests {
                 "hostIPC",
             ),
         ] {
-            let error = check_pod(&pod(options)).unwrap_err();
+            let error = check_pod(&pod(options), "use `host`").unwrap_err();
             assert!(error.message.contains(name), "{error}");
             assert!(error.message.contains("`host`"), "{error}");
         }
-        check_pod(&cri::PodSandboxConfig::default()).unwrap();
+        check_pod(&cri::PodSandboxConfig::default(), "").unwrap();
     }
 
     fn pid_of(mode: NamespaceMode, shared: bool, target: Option<i32>) -> Result<Value, CriError> {
@@ -300,7 +332,7 @@ mod tests {
             }),
             ..Default::default()
         };
-        let all = namespaces(&security, shared, target)?;
+        let all = namespaces(&security, shared, target, None)?;
         Ok(all.into_iter().find(|n| n["type"] == "pid").unwrap())
     }
 
@@ -324,6 +356,30 @@ mod tests {
         assert!(pid_of(NamespaceMode::Target, false, None).is_err());
         let error = pid_of(NamespaceMode::Node, true, None).unwrap_err();
         assert!(error.message.contains("`host`"));
+    }
+
+    #[test]
+    fn namespaces_of_the_node_go_with_a_pod_that_has_them() {
+        let of = |container: NamespaceMode, pod: NamespaceMode| {
+            let option = |mode: NamespaceMode| cri::NamespaceOption {
+                pid: mode as i32,
+                ..Default::default()
+            };
+            let security = cri::LinuxContainerSecurityContext {
+                namespace_options: Some(option(container)),
+                ..Default::default()
+            };
+            let host = HostPod {
+                namespaces: option(pod),
+                ..Default::default()
+            };
+            namespaces(&security, pod == NamespaceMode::Pod, None, Some(&host))
+        };
+        let node = of(NamespaceMode::Node, NamespaceMode::Node).unwrap();
+        assert!(!node.iter().any(|n| n["type"] == "pid"), "{node:?}");
+        assert!(of(NamespaceMode::Node, NamespaceMode::Pod).is_err());
+        let own = of(NamespaceMode::Container, NamespaceMode::Node).unwrap();
+        assert!(own.contains(&json!({ "type": "pid" })));
     }
 
     #[test]

@@ -6,61 +6,44 @@
 //! * `<data>/pods/<short id>/scratch.img`: the disk of its writable layers ([`scratch`]);
 //! * a cgroup with the pod process ([`cgroup`]).
 
-mod agent;
-mod cgroup;
-mod control;
-mod dir;
-mod process;
 mod scratch;
 mod share;
 mod start;
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use caisson_proto::agent::agent_client::AgentClient;
-use caisson_vmm_protocol::{ExitReason, FdIndex, LogConfig, Request, STREAM_PORT};
+use caisson_vmm_protocol::ExitReason;
 use tokio::sync::watch;
 use tonic::transport::Channel;
 
+use super::agent::Address;
+use super::pod::dir::{self, PodDir};
+use super::pod::{PodConfig, PodProcess};
 use super::{Log, Sandbox, SandboxError, StreamKind};
 use crate::timings::Timings;
-use control::Control;
-use dir::PodDir;
 use share::Share;
 
 /// How microVM pods are made on this node.
 #[derive(Clone, Debug)]
 pub struct MicroVmConfig {
-    /// The `caisson-vmm` binary.
-    pub vmm: PathBuf,
+    /// What all kinds have in common.
+    pub pod: PodConfig,
     /// The guest's kernel.
     pub kernel: PathBuf,
     /// The guest's initramfs, with the agent.
     pub initramfs: PathBuf,
     /// Added to the kernel's command line.
     pub cmdline_extra: String,
-    /// The host user and group that pod processes run as; not 0.
-    pub uid: u32,
-    /// The group.
-    pub gid: u32,
-    /// Where running pods have their sockets: a tmpfs such as /run/caisson.
-    pub state_dir: PathBuf,
-    /// Where pods have their disks, such as /var/lib/caisson.
-    pub data_dir: PathBuf,
-    /// The cgroup of pods that name none.
-    pub cgroup_parent: String,
     /// How long a guest may take from power-on until its agent answers.
     pub start_timeout: Duration,
 }
 
 /// A pod in its microVM.
 pub struct MicroVm {
-    id: String,
-    dir: PodDir,
-    control: Control,
-    agent: AgentClient<Channel>,
+    pod: PodProcess,
     share: Share,
     timings: Timings,
 }
@@ -72,44 +55,38 @@ impl MicroVm {
     /// # Errors
     /// [`SandboxError::Start`] where the configured directories cannot hold a pod.
     pub async fn recover(id: &str, config: &MicroVmConfig) -> Result<Self, SandboxError> {
-        let dir = PodDir::new(id, config)?;
-        let control = Control::watch(id, &dir).await;
-        Ok(Self {
-            id: id.to_owned(),
-            agent: agent::client(dir.vsock()),
-            share: Share::new(id, &dir),
-            control,
-            dir,
-            timings: Timings::begin(),
-        })
+        let dir = PodDir::new(id, &config.pod)?;
+        Ok(Self::with(id, dir, Timings::begin()).await)
     }
 
-    fn error(&self, what: &'static str, cause: impl ToString) -> SandboxError {
-        SandboxError::Control {
-            id: self.id.clone(),
-            what,
-            cause: cause.to_string(),
+    /// The pod whose process runs, or ran, in this directory.
+    async fn with(id: &str, dir: PodDir, timings: Timings) -> Self {
+        let address = Address::Guest { vsock: dir.vsock() };
+        Self {
+            share: Share::new(id, &dir),
+            pod: PodProcess::watch(id, dir, address).await,
+            timings,
         }
     }
 
     /// The last lines of the guest's console, for a person who asks why a pod ended.
     pub fn console_tail(&self) -> String {
-        self.dir.console_tail()
+        self.pod.dir.console_tail()
     }
 }
 
 #[tonic::async_trait]
 impl Sandbox for MicroVm {
     fn agent(&self) -> AgentClient<Channel> {
-        self.agent.clone()
+        self.pod.agent()
     }
 
     fn ended(&self) -> watch::Receiver<Option<ExitReason>> {
-        self.control.ended()
+        self.pod.ended()
     }
 
     fn host_pid(&self) -> Option<u32> {
-        process::find(&self.dir)
+        self.pod.pid()
     }
 
     async fn stream(
@@ -118,56 +95,19 @@ impl Sandbox for MicroVm {
         exec_id: &str,
         kind: StreamKind,
     ) -> Result<tokio::net::UnixStream, SandboxError> {
-        let kind = match kind {
-            StreamKind::Stdin => "stdin",
-            StreamKind::StdinKept => "stdin keep",
-            StreamKind::Stdout => "stdout",
-            StreamKind::Stderr => "stderr",
-            StreamKind::Tty => "tty",
-        };
-        let exec_id = if exec_id.is_empty() { "-" } else { exec_id };
-        let header = format!("STREAM {container_id} {exec_id} {kind}\n");
-        agent::stream(&self.dir.vsock(), STREAM_PORT, &header)
-            .await
-            .map_err(|e| self.error("connect a standard stream", e))
+        self.pod.stream(container_id, exec_id, kind).await
     }
 
     async fn dial(&self, port: u16) -> Result<tokio::net::UnixStream, SandboxError> {
-        agent::stream(&self.dir.vsock(), STREAM_PORT, &format!("DIAL {port}\n"))
-            .await
-            .map_err(|cause| SandboxError::Dial {
-                id: self.id.clone(),
-                port,
-                cause: cause.to_string(),
-            })
+        self.pod.dial(port).await
     }
 
     async fn add_log(&self, log: Log) -> Result<(), SandboxError> {
-        let mut fds = Fds::default();
-        let config = LogConfig {
-            container_id: log.container_id,
-            terminal: log.terminal,
-            file: fds.add(log.file.as_ref()),
-            stdout: fds.add(log.stdout.as_ref()),
-            stderr: fds.add(log.stderr.as_ref()),
-        };
-        let held = [log.file, log.stdout, log.stderr];
-        self.control
-            .request(Request::AddLog(config), fds.0, held)
-            .await
-            .map_err(|e| self.error("take the container's log", e))
+        self.pod.add_log(log).await
     }
 
     async fn reopen_log(&self, container_id: &str, file: OwnedFd) -> Result<(), SandboxError> {
-        let mut fds = Fds::default();
-        let request = Request::ReopenLog {
-            container_id: container_id.to_owned(),
-            file: fds.push(&file),
-        };
-        self.control
-            .request(request, fds.0, [Some(file)])
-            .await
-            .map_err(|e| self.error("reopen the container's log", e))
+        self.pod.reopen_log(container_id, file).await
     }
 
     async fn attach(
@@ -176,20 +116,11 @@ impl Sandbox for MicroVm {
         stdout: Option<OwnedFd>,
         stderr: Option<OwnedFd>,
     ) -> Result<(), SandboxError> {
-        let mut fds = Fds::default();
-        let request = Request::Attach {
-            container_id: container_id.to_owned(),
-            stdout: fds.add(stdout.as_ref()),
-            stderr: fds.add(stderr.as_ref()),
-        };
-        self.control
-            .request(request, fds.0, [stdout, stderr])
-            .await
-            .map_err(|e| self.error("attach to the container's output", e))
+        self.pod.attach(container_id, stdout, stderr).await
     }
 
     async fn log_drained(&self, container_id: &str, limit: Duration) -> bool {
-        self.control.drained(container_id, limit).await
+        self.pod.control.drained(container_id, limit).await
     }
 
     async fn share_layer(&self, _container_id: &str, layer: &Path) -> Result<String, SandboxError> {
@@ -206,68 +137,21 @@ impl Sandbox for MicroVm {
     }
 
     async fn forget(&self, container_id: &str) -> Result<(), SandboxError> {
-        if self.control.ended().borrow().is_none() {
-            let request = Request::RemoveLog {
-                container_id: container_id.to_owned(),
-            };
-            self.control
-                .ask(request)
-                .await
-                .map_err(|e| self.error("close the container's log", e))?;
-        }
+        self.pod.remove_log(container_id).await?;
         self.share.unshare(container_id).await
     }
 
     async fn stop(&self, grace: Duration) -> Result<(), SandboxError> {
-        let mut ended = self.control.ended();
-        if ended.borrow().is_some() && process::find(&self.dir).is_none() {
-            return Ok(());
-        }
-        // A pod process that does not listen is ended by force below.
-        let asked = self.control.ask(Request::Shutdown).await;
-        let grace = if asked.is_ok() { grace } else { Duration::ZERO };
-        if !control::wait_ended(&mut ended, grace).await {
-            tracing::info!(pod = self.id, "the guest did not power off in time");
-            if self.control.ask(Request::Kill).await.is_ok() {
-                control::wait_ended(&mut ended, Duration::from_secs(2)).await;
-            }
-        }
-        process::end(&self.dir)
-            .await
-            .map_err(|e| self.error("end", e))
+        self.pod.stop(grace).await
     }
 
     async fn remove(&self) -> Result<(), SandboxError> {
-        process::end(&self.dir)
-            .await
-            .map_err(|e| self.error("end", e))?;
+        self.pod.end().await?;
         self.share.remove_all().await?;
-        cgroup::remove(&self.dir)
-            .await
-            .map_err(|e| self.error("remove its cgroup", e))?;
-        self.dir
-            .remove()
-            .await
-            .map_err(|e| self.error("remove its files", e))
+        self.pod.remove().await
     }
 
     fn timings(&self) -> Timings {
         self.timings.clone()
-    }
-}
-
-/// The descriptors that go with a message, in order.
-#[derive(Default)]
-struct Fds(Vec<std::os::fd::RawFd>);
-
-impl Fds {
-    fn push(&mut self, fd: &impl AsRawFd) -> FdIndex {
-        self.0.push(fd.as_raw_fd());
-        // At most MAX_FDS descriptors go with a message, which the channel checks.
-        FdIndex((self.0.len() - 1) as u16)
-    }
-
-    fn add(&mut self, fd: Option<&OwnedFd>) -> Option<FdIndex> {
-        fd.map(|fd| self.push(fd))
     }
 }

@@ -14,12 +14,13 @@ use caisson_vmm_protocol::{
     VsockConfig,
 };
 
-use super::control::{self, Control};
-use super::dir::PodDir;
 use super::share::{GUEST_PATH, Share};
-use super::{Fds, MicroVm, MicroVmConfig, agent, process, scratch};
+use super::{MicroVm, MicroVmConfig, scratch};
 use crate::network::PodNetwork;
-use crate::sandbox::{Sandbox, SandboxError, SandboxPlan};
+use crate::sandbox::pod::control::{self, Control};
+use crate::sandbox::pod::dir::PodDir;
+use crate::sandbox::pod::{Fds, cgroup, process};
+use crate::sandbox::{Sandbox, SandboxError, SandboxPlan, agent};
 use crate::timings::Timings;
 
 /// The tag of the virtio-fs share.
@@ -60,7 +61,7 @@ impl MicroVm {
                 cause: cause.to_string(),
             }
         };
-        let dir = PodDir::new(&plan.id, config)?;
+        let dir = PodDir::new(&plan.id, &config.pod)?;
         let share = Share::new(&plan.id, &dir);
         let result = async {
             let parts = timings
@@ -75,22 +76,14 @@ impl MicroVm {
                 .step("start caisson-vmm", boot(plan, config, &dir, parts))
                 .await
                 .map_err(error("boot the virtual machine"))?;
-            let control = Control::watch(&plan.id, &dir).await;
+            let vm = Self::with(&plan.id, dir.clone(), timings.clone()).await;
             timings
                 .step(
                     "boot guest",
-                    wait_for_agent(&control, &dir, config.start_timeout),
+                    wait_for_agent(&vm.pod.control, &dir, config.start_timeout),
                 )
                 .await
                 .map_err(error("boot the guest"))?;
-            let vm = Self {
-                id: plan.id.clone(),
-                agent: agent::client(dir.vsock()),
-                share: share.clone(),
-                control,
-                dir: dir.clone(),
-                timings: timings.clone(),
-            };
             timings
                 .step("set up sandbox in guest", set_up(&vm, plan))
                 .await
@@ -117,7 +110,7 @@ impl MicroVm {
 
     /// Adds the pod process's own steps to the pod's.
     async fn note_spans(&self, began: Duration) {
-        let Ok(status) = self.control.status().await else {
+        let Ok(status) = self.pod.control.status().await else {
             return;
         };
         for span in status.timings.iter().take(64) {
@@ -145,7 +138,12 @@ async fn prepare(
 ) -> io::Result<Parts> {
     dir.create()?;
     let share_root = share.create()?;
-    scratch::create(config.data_dir.clone(), dir.scratch(), plan.scratch_bytes).await?;
+    scratch::create(
+        config.pod.data_dir.clone(),
+        dir.scratch(),
+        plan.scratch_bytes,
+    )
+    .await?;
     let scratch = OpenOptions::new()
         .read(true)
         .write(true)
@@ -204,14 +202,16 @@ async fn boot(
             listener: Some(fds.push(&vsock_listener)),
         }),
         jail: Some(JailConfig {
-            uid: config.uid,
-            gid: config.gid,
+            uid: config.pod.uid,
+            gid: config.pod.gid,
         }),
     };
-    let (config, parent) = (config.clone(), plan.cgroup_parent.clone());
+    let (config, parent) = (config.pod.clone(), plan.cgroup_parent.clone());
     let (dir, network) = (dir.clone(), plan.network.clone());
     let reply = tokio::task::spawn_blocking(move || {
-        let socket = process::start(&config, &dir, &parent)?;
+        let socket = process::start(&config.vmm, &dir, |pid| {
+            cgroup::place(&dir, &config, &parent, pid)
+        })?;
         let reply = control::exchange(socket, &Request::Boot(Box::new(vm)), &fds.0);
         // The descriptors are lent until the pod process has its own.
         drop((kvm, kernel, initramfs, console, exit_file, parts, network));
@@ -276,14 +276,13 @@ async fn set_up(vm: &MicroVm, plan: &SandboxPlan) -> io::Result<()> {
         .map_err(io::Error::other)?;
     let mut entropy = vec![0; ENTROPY];
     rand::RngCore::fill_bytes(&mut rand::rng(), &mut entropy);
-    let (interfaces, routes) = network(plan.network.as_ref());
     let request = proto::SetupSandboxRequest {
         hostname: plan.hostname.clone(),
         dns_servers: plan.dns.servers.clone(),
         dns_searches: plan.dns.searches.clone(),
         dns_options: plan.dns.options.clone(),
-        interfaces,
-        routes,
+        interfaces: agent::interfaces(plan.network.as_ref()),
+        routes: routes(plan.network.as_ref()),
         shared_mounts: vec![proto::SharedMount {
             tag: SHARE_TAG.into(),
             path: GUEST_PATH.into(),
@@ -306,34 +305,22 @@ async fn set_up(vm: &MicroVm, plan: &SandboxPlan) -> io::Result<()> {
     Ok(())
 }
 
-/// The network as the agent is told it.
-fn network(network: Option<&PodNetwork>) -> (Vec<proto::Interface>, Vec<proto::Route>) {
+/// The routes as the agent is told them.
+fn routes(network: Option<&PodNetwork>) -> Vec<proto::Route> {
     let Some(network) = network else {
-        return (Vec::new(), Vec::new());
+        return Vec::new();
     };
-    let own = &network.interface;
-    let interface = proto::Interface {
-        mac: own.mac.clone(),
-        name: own.name.clone(),
-        mtu: own.mtu,
-        addresses: own
-            .addresses
-            .iter()
-            .map(|(ip, prefix)| format!("{ip}/{prefix}"))
-            .collect(),
-    };
-    let routes = network
+    network
         .routes
         .iter()
         .map(|route| proto::Route {
             destination: format!("{}/{}", route.destination.0, route.destination.1),
             gateway: route.gateway.map(|g| g.to_string()).unwrap_or_default(),
-            device: own.name.clone(),
+            device: network.interface.name.clone(),
             priority: route.priority,
             mtu: 0,
         })
-        .collect();
-    (vec![interface], routes)
+        .collect()
 }
 
 fn open_named(path: &Path, options: &OpenOptions, hint: &str) -> io::Result<File> {

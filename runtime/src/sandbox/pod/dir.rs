@@ -5,7 +5,9 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use super::{MicroVmConfig, SandboxError};
+use caisson_vmm_protocol::{AGENT_SOCKET, STREAM_SOCKET};
+
+use super::{PodConfig, SandboxError};
 
 /// How much of an ID names the pod's directory: enough to be unique, short enough for a socket's path.
 const SHORT_ID: usize = 24;
@@ -23,7 +25,7 @@ pub struct PodDir {
 
 impl PodDir {
     /// The directories of this pod, which need not exist.
-    pub fn new(id: &str, config: &MicroVmConfig) -> Result<Self, SandboxError> {
+    pub fn new(id: &str, config: &PodConfig) -> Result<Self, SandboxError> {
         let error = |cause: String| SandboxError::Start {
             id: id.to_owned(),
             step: "name its directory",
@@ -37,10 +39,12 @@ impl PodDir {
             state: config.state_dir.join("pods").join(short),
             data: config.data_dir.join("pods").join(short),
         };
-        let longest = dir.control().as_os_str().len();
+        let sockets = [dir.control(), dir.vsock(), dir.agent_streams()];
+        let longest = sockets.iter().map(|path| path.as_os_str().len()).max();
+        let longest = longest.unwrap_or_default();
         if longest > MAX_SOCKET_PATH {
             return Err(error(format!(
-                "its control socket's path would have {longest} bytes, more than {MAX_SOCKET_PATH}; configure a shorter state_dir"
+                "its longest socket's path would have {longest} bytes, more than {MAX_SOCKET_PATH}; configure a shorter state_dir"
             )));
         }
         Ok(dir)
@@ -68,7 +72,27 @@ impl PodDir {
         self.state.join("vsock.sock")
     }
 
-    /// The guest's serial console.
+    /// The directory with the sockets of an agent that runs on the host.
+    pub fn agent(&self) -> PathBuf {
+        self.state.join("agent")
+    }
+
+    /// That agent's gRPC socket.
+    pub fn agent_socket(&self) -> PathBuf {
+        self.agent().join(AGENT_SOCKET)
+    }
+
+    /// That agent's socket of raw streams.
+    pub fn agent_streams(&self) -> PathBuf {
+        self.agent().join(STREAM_SOCKET)
+    }
+
+    /// The empty directory on which that agent mounts its root, for itself alone.
+    pub fn agent_root(&self) -> PathBuf {
+        self.state.join("root")
+    }
+
+    /// The guest's serial console, or what the agent on the host says.
     pub fn console(&self) -> PathBuf {
         self.state.join("console.log")
     }
@@ -106,6 +130,17 @@ impl PodDir {
     /// The disk of the writable layers.
     pub fn scratch(&self) -> PathBuf {
         self.data.join("scratch.img")
+    }
+
+    /// The directory of the writable layers of a pod that runs on the host.
+    pub fn layers(&self) -> PathBuf {
+        self.data.join("scratch")
+    }
+
+    /// The name by which this pod's cgroup is known.
+    pub fn name(&self) -> String {
+        let name = self.state.file_name().unwrap_or_default();
+        name.to_string_lossy().into_owned()
     }
 
     /// The end of the console log, as text; empty if there is none.
@@ -160,7 +195,7 @@ pub fn mounted_below(path: &Path) -> io::Result<Option<PathBuf>> {
 }
 
 /// Undoes the octal escapes of /proc/self/mountinfo (proc(5)).
-fn unescape(field: &str) -> String {
+pub fn unescape(field: &str) -> String {
     let mut out = Vec::with_capacity(field.len());
     let bytes = field.as_bytes();
     let mut i = 0;
@@ -179,18 +214,14 @@ fn unescape(field: &str) -> String {
 mod tests {
     use super::*;
 
-    fn config(state: &Path) -> MicroVmConfig {
-        MicroVmConfig {
+    fn config(state: &Path) -> PodConfig {
+        PodConfig {
             vmm: "/x".into(),
-            kernel: "/x".into(),
-            initramfs: "/x".into(),
-            cmdline_extra: String::new(),
             uid: 1,
             gid: 1,
             state_dir: state.join("s"),
             data_dir: state.join("d"),
             cgroup_parent: String::new(),
-            start_timeout: std::time::Duration::from_secs(1),
         }
     }
 

@@ -1,15 +1,19 @@
-//! Connections to the agent: through the pod's vsock socket, by the `CONNECT <port>` convention.
+//! Connections to the agent: through the pod's vsock socket, by the `CONNECT <port>` convention, or to its own sockets
+//! where it runs on the host.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
+use caisson_proto::agent as proto;
 use caisson_proto::agent::agent_client::AgentClient;
-use caisson_vmm_protocol::AGENT_PORT;
+use caisson_vmm_protocol::{AGENT_PORT, STREAM_PORT};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
+
+use crate::network::PodNetwork;
 
 /// How long the guest may take to accept a connection or to answer a header line.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -18,20 +22,61 @@ const MAX_LINE: usize = 512;
 /// The most bytes of one answer of the agent.
 const MAX_ANSWER: usize = 4 << 20;
 
+/// Where an agent listens.
+#[derive(Clone, Debug)]
+pub enum Address {
+    /// In a guest: behind the socket of its vsock device.
+    Guest {
+        /// That socket.
+        vsock: PathBuf,
+    },
+    /// On the host: a socket for each port.
+    Host {
+        /// In place of [`AGENT_PORT`].
+        agent: PathBuf,
+        /// In place of [`STREAM_PORT`].
+        streams: PathBuf,
+    },
+}
+
 /// A client that connects when it is first used and again when the connection breaks.
-pub fn client(vsock: PathBuf) -> AgentClient<Channel> {
+pub fn client(address: Address) -> AgentClient<Channel> {
     let connector = tower::service_fn(move |_: tonic::codegen::http::Uri| {
-        let vsock = vsock.clone();
-        async move { Ok::<_, io::Error>(TokioIo::new(connect(&vsock, AGENT_PORT).await?)) }
+        let address = address.clone();
+        async move { Ok::<_, io::Error>(TokioIo::new(connect(&address, AGENT_PORT).await?)) }
     });
     // The address is never dialled: the connector above is.
     let channel = Endpoint::from_static("http://agent").connect_with_connector_lazy(connector);
     AgentClient::new(channel).max_decoding_message_size(MAX_ANSWER)
 }
 
-/// Connects to a port of the guest.
-async fn connect(vsock: &Path, port: u32) -> io::Result<UnixStream> {
+/// The pod's interface as the agent is told it.
+pub fn interfaces(network: Option<&PodNetwork>) -> Vec<proto::Interface> {
+    let own = network.map(|network| &network.interface);
+    own.into_iter()
+        .map(|own| proto::Interface {
+            mac: own.mac.clone(),
+            name: own.name.clone(),
+            mtu: own.mtu,
+            addresses: own
+                .addresses
+                .iter()
+                .map(|(ip, prefix)| format!("{ip}/{prefix}"))
+                .collect(),
+        })
+        .collect()
+}
+
+/// Connects to a port of the agent.
+async fn connect(address: &Address, port: u32) -> io::Result<UnixStream> {
     bounded(async {
+        let vsock = match address {
+            Address::Host { agent, streams } => {
+                let socket = if port == STREAM_PORT { streams } else { agent };
+                return UnixStream::connect(socket).await;
+            }
+            Address::Guest { vsock } => vsock,
+        };
         let mut stream = UnixStream::connect(vsock).await?;
         stream
             .write_all(format!("CONNECT {port}\n").as_bytes())
@@ -48,8 +93,8 @@ async fn connect(vsock: &Path, port: u32) -> io::Result<UnixStream> {
 }
 
 /// Opens a raw stream: connects, sends the header line and takes its answer.
-pub async fn stream(vsock: &Path, port: u32, header: &str) -> io::Result<UnixStream> {
-    let mut stream = connect(vsock, port).await?;
+pub async fn stream(address: &Address, header: &str) -> io::Result<UnixStream> {
+    let mut stream = connect(address, STREAM_PORT).await?;
     bounded(async {
         stream.write_all(header.as_bytes()).await?;
         match read_line(&mut stream).await?.as_str() {
@@ -69,7 +114,7 @@ async fn bounded<T>(work: impl Future<Output = io::Result<T>>) -> io::Result<T> 
             io::Error::new(
                 io::ErrorKind::TimedOut,
                 format!(
-                    "the guest did not answer within {} s",
+                    "the agent did not answer within {} s",
                     CONNECT_TIMEOUT.as_secs()
                 ),
             )
@@ -86,14 +131,14 @@ async fn read_line(stream: &mut UnixStream) -> io::Result<String> {
             Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
                 return Err(io::Error::new(
                     io::ErrorKind::ConnectionRefused,
-                    "the guest refused the connection",
+                    "the agent refused the connection",
                 ));
             }
             Err(e) => return Err(e),
         }
     }
     Err(io::Error::other(format!(
-        "the guest's answer is longer than {MAX_LINE} bytes"
+        "the agent's answer is longer than {MAX_LINE} bytes"
     )))
 }
 
@@ -113,7 +158,8 @@ mod tests {
                 stream.write_all(answer.as_bytes()).await.unwrap();
             }
         });
-        let result = stream(&path, 1025, "STREAM c - stdout\n").await;
+        let address = Address::Guest { vsock: path };
+        let result = stream(&address, "STREAM c - stdout\n").await;
         server.await.unwrap();
         result
     }
@@ -132,5 +178,24 @@ mod tests {
         assert!(say(answer(&["OK 5\n", "ERR no such container\n"]).await).contains("no such"));
         assert!(say(answer(&["NO\n"]).await).contains("port 1025"));
         assert!(say(answer(&[""]).await).contains("refused"));
+    }
+
+    #[tokio::test]
+    async fn an_agent_on_the_host_needs_no_detour() {
+        let dir = tempfile::tempdir().unwrap();
+        let address = Address::Host {
+            agent: dir.path().join("a"),
+            streams: dir.path().join("s"),
+        };
+        assert!(connect(&address, AGENT_PORT).await.is_err());
+        let listener = UnixListener::bind(dir.path().join("s")).unwrap();
+        let server = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let line = read_line(&mut stream).await.unwrap();
+            stream.write_all(b"OK\n").await.unwrap();
+            line
+        });
+        stream(&address, "STREAM c - stdout\n").await.unwrap();
+        assert_eq!(server.await.unwrap(), "STREAM c - stdout");
     }
 }

@@ -5,7 +5,8 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use caisson_vmm_protocol::CONTROL_FD;
@@ -14,18 +15,21 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, dup2_raw, setsid};
 
 use super::dir::PodDir;
-use super::{MicroVmConfig, cgroup};
 
-/// Starts `caisson-vmm` in the pod's cgroup, in a session of its own: it outlives the daemon. Returns the
-/// daemon's end of its control socket.
-pub fn start(config: &MicroVmConfig, dir: &PodDir, cgroup_parent: &str) -> io::Result<UnixStream> {
+/// Starts `caisson-vmm` in a session of its own: it outlives the daemon. `place` puts the new process into its cgroup.
+/// Returns the daemon's end of its control socket.
+pub fn start(
+    vmm: &Path,
+    dir: &PodDir,
+    place: impl FnOnce(u32) -> io::Result<()>,
+) -> io::Result<UnixStream> {
     let (ours, theirs) = UnixStream::pair()?;
     let theirs: OwnedFd = theirs.into();
     let log = fs::OpenOptions::new()
         .create(true)
         .append(true)
         .open(dir.vmm_log())?;
-    let mut command = Command::new(&config.vmm);
+    let mut command = Command::new(vmm);
     command
         .env_clear()
         .stdin(Stdio::null())
@@ -54,20 +58,24 @@ pub fn start(config: &MicroVmConfig, dir: &PodDir, cgroup_parent: &str) -> io::R
     }
     let mut child = command
         .spawn()
-        .map_err(|e| io::Error::other(format!("{} cannot be run: {e}", config.vmm.display())))?;
-    let placed = note_pid(dir, child.id())
-        .and_then(|()| cgroup::place(dir, config, cgroup_parent, child.id()));
+        .map_err(|e| io::Error::other(format!("{} cannot be run: {e}", vmm.display())))?;
+    let placed = note_pid(dir, child.id()).and_then(|()| place(child.id()));
     if let Err(error) = placed {
         let _ = child.kill();
         let _ = child.wait();
         return Err(error);
     }
-    // Its end is learnt from the control socket; this thread only keeps it from staying a zombie.
-    std::thread::Builder::new()
-        .name("reap-vmm".into())
-        .stack_size(64 << 10)
-        .spawn(move || child.wait())?;
+    reap(child)?;
     Ok(ours)
+}
+
+/// Keeps a process whose end is learnt otherwise from staying a zombie.
+pub fn reap(mut child: Child) -> io::Result<()> {
+    std::thread::Builder::new()
+        .name("reap".into())
+        .stack_size(64 << 10)
+        .spawn(move || child.wait())
+        .map(drop)
 }
 
 /// The pod process's ID, if it still runs. A process ID that was given to another process is not it.

@@ -1,0 +1,211 @@
+//! The host cgroup of a pod, under the parent that the kubelet names, so that the pod's memory and CPU are accounted
+//! where the kubelet looks. A microVM's has the pod process in it. That of a pod on the host is a small tree:
+//!
+//! * `process/`: the pod process;
+//! * `sandbox/`: all that ends with the pod: `agent/`, and the containers' groups, which the agent makes.
+
+use std::fs;
+use std::io;
+use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
+
+use super::PodConfig;
+use super::dir::PodDir;
+
+const ROOT: &str = "/sys/fs/cgroup";
+/// The group of what ends with a pod on the host.
+const SANDBOX: &str = "sandbox";
+/// Controllers without which a pod on the host has no limits and no figures.
+const NEEDED: [&str; 3] = ["cpu", "memory", "pids"];
+/// Controllers that its containers can use where the host has them.
+const WANTED: [&str; 3] = ["cpuset", "io", "hugetlb"];
+
+/// Makes the pod's cgroup and moves the pod process there. On a host without cgroup v2 the process stays where
+/// the daemon is.
+pub fn place(dir: &PodDir, config: &PodConfig, parent: &str, pid: u32) -> io::Result<()> {
+    if !Path::new(ROOT).join("cgroup.controllers").exists() {
+        tracing::debug!("no cgroup v2 on this host: the pod process stays in the daemon's cgroup");
+        return Ok(());
+    }
+    let path = note(dir, config, parent)?;
+    fs::create_dir_all(&path)
+        .and_then(|()| join(&path, pid))
+        .map_err(|e| about(&path, &e))
+}
+
+/// The groups of a pod on the host.
+#[derive(Clone, Debug)]
+pub struct Groups {
+    /// For the pod process.
+    pub process: PathBuf,
+    /// For the agent, which makes those of the containers below.
+    pub sandbox: PathBuf,
+}
+
+/// Makes the groups of a pod on the host, with the controllers of the host enabled on the way to them.
+///
+/// # Errors
+/// The host has no cgroup v2 with all that a pod needs.
+pub fn create(dir: &PodDir, config: &PodConfig, parent: &str) -> io::Result<Groups> {
+    let available =
+        fs::read_to_string(Path::new(ROOT).join("cgroup.controllers")).unwrap_or_default();
+    let has = |controller: &&str| available.split_whitespace().any(|one| one == *controller);
+    if let Some(missing) = NEEDED.iter().find(|one| !has(one)) {
+        return Err(io::Error::other(format!(
+            "this host has no cgroup v2 with the controller {missing} at {ROOT}, which pods on the host need; boot it with systemd.unified_cgroup_hierarchy=1"
+        )));
+    }
+    let path = note(dir, config, parent)?;
+    let groups = Groups {
+        process: path.join("process"),
+        sandbox: path.join(SANDBOX),
+    };
+    for group in [&groups.process, &groups.sandbox] {
+        fs::create_dir_all(group).map_err(|e| about(group, &e))?;
+    }
+    let wanted: Vec<_> = NEEDED
+        .iter()
+        .chain(&WANTED)
+        .filter(|one| has(one))
+        .collect();
+    let above: Vec<_> = path
+        .ancestors()
+        .take_while(|p| p.starts_with(ROOT))
+        .collect();
+    for group in above.into_iter().rev() {
+        let enabled = fs::read_to_string(group.join("cgroup.subtree_control"))
+            .map_err(|e| about(group, &e))?;
+        for controller in &wanted {
+            if !enabled.split_whitespace().any(|one| one == **controller) {
+                let result = fs::write(
+                    group.join("cgroup.subtree_control"),
+                    format!("+{controller}"),
+                );
+                if NEEDED.contains(controller) {
+                    result.map_err(|e| about(group, &e))?;
+                }
+            }
+        }
+    }
+    Ok(groups)
+}
+
+/// Moves a process to a group.
+pub fn join(group: &Path, pid: u32) -> io::Result<()> {
+    fs::write(group.join("cgroup.procs"), pid.to_string())
+}
+
+/// Kills what runs of a pod on the host. Idempotent; nothing happens to a microVM's.
+pub fn kill(dir: &PodDir) -> io::Result<()> {
+    let Ok(path) = fs::read_to_string(dir.cgroup()) else {
+        return Ok(());
+    };
+    let file = Path::new(&path).join(SANDBOX).join("cgroup.kill");
+    match fs::OpenOptions::new().write(true).open(&file) {
+        Ok(mut file) => io::Write::write_all(&mut file, b"1"),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(about(&file, &e)),
+    }
+}
+
+/// Kills what is left in the pod's cgroup and removes it, if it has one. Idempotent.
+pub async fn remove(dir: &PodDir) -> io::Result<()> {
+    let Ok(path) = fs::read_to_string(dir.cgroup()) else {
+        return Ok(());
+    };
+    for _ in 0..250 {
+        // Again each time: a process may have been on its way into a group.
+        kill(dir)?;
+        match remove_tree(Path::new(&path)) {
+            Ok(()) => return Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            // Its last process is still on its way out.
+            Err(e) if e.raw_os_error() == Some(nix::libc::EBUSY) => {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    Err(io::Error::other(format!("cgroup {path} is still in use")))
+}
+
+/// Removes a group with those below it, all without processes.
+fn remove_tree(group: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(group)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            match remove_tree(&entry.path()) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                _ => {}
+            }
+        }
+    }
+    fs::remove_dir(group)
+}
+
+/// The path of the pod's cgroup, noted before it is made: what is noted is removed with the pod.
+fn note(dir: &PodDir, config: &PodConfig, parent: &str) -> io::Result<PathBuf> {
+    let parent = if parent.is_empty() {
+        &config.cgroup_parent
+    } else {
+        parent
+    };
+    let path = resolve(parent)?.join(format!("caisson-{}", dir.name()));
+    fs::write(dir.cgroup(), path.as_os_str().as_encoded_bytes())?;
+    Ok(path)
+}
+
+fn about(group: &Path, error: &io::Error) -> io::Error {
+    io::Error::other(format!("cgroup {}: {error}", group.display()))
+}
+
+/// The directory of a cgroup as the kubelet names it: a path, or a systemd slice such as
+/// `kubepods-besteffort.slice`, which stands for `kubepods.slice/kubepods-besteffort.slice`.
+fn resolve(parent: &str) -> io::Result<PathBuf> {
+    let mut path = PathBuf::from(ROOT);
+    let relative = Path::new(parent.trim_start_matches('/'));
+    let slice = parent
+        .strip_suffix(".slice")
+        .filter(|s| !s.contains('/') && !s.is_empty());
+    if let Some(slice) = slice {
+        let mut prefix = String::new();
+        for part in slice.split('-') {
+            if !prefix.is_empty() {
+                prefix.push('-');
+            }
+            prefix.push_str(part);
+            path.push(format!("{prefix}.slice"));
+        }
+        return Ok(path);
+    }
+    for component in relative.components() {
+        match component {
+            Component::Normal(part) => path.push(part),
+            _ => {
+                return Err(io::Error::other(format!(
+                    "cgroup_parent {parent:?} is not a plain path"
+                )));
+            }
+        }
+    }
+    Ok(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parents_are_paths_or_slices() {
+        let is = |parent: &str, path: &str| {
+            assert_eq!(resolve(parent).unwrap(), Path::new(ROOT).join(path));
+        };
+        is("/kubepods/besteffort/pod1", "kubepods/besteffort/pod1");
+        is(
+            "kubepods-besteffort.slice",
+            "kubepods.slice/kubepods-besteffort.slice",
+        );
+        is("", "");
+        assert!(resolve("/a/../../b").is_err());
+    }
+}

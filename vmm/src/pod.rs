@@ -1,0 +1,84 @@
+//! What a pod process is in charge of: a machine, or a pod that runs on the host.
+
+use std::sync::Arc;
+
+use caisson_vmm_protocol::VmState;
+
+use crate::host::HostPod;
+use crate::logs::{Dial, LogManager};
+use crate::vm::{Ending, Machine};
+
+/// A pod that runs, and the ways to its agent.
+pub struct Running {
+    /// The pod.
+    pub pod: Pod,
+    /// The containers' logs; there are none without a way to the agent.
+    pub logs: Option<LogManager>,
+    /// Connections to the agent.
+    pub connector: Option<Arc<dyn Dial>>,
+}
+
+/// The two kinds.
+pub enum Pod {
+    /// A machine of this process's own.
+    Machine(Machine),
+    /// Processes beside this one.
+    Host(HostPod),
+}
+
+impl Pod {
+    /// What it is doing.
+    pub fn state(&self) -> VmState {
+        match self {
+            Self::Machine(machine) => machine.state(),
+            Self::Host(pod) => pod.state(),
+        }
+    }
+
+    /// Where its end is told.
+    pub fn ending(&self) -> &Arc<Ending> {
+        match self {
+            Self::Machine(machine) => machine.ending(),
+            Self::Host(pod) => pod.ending(),
+        }
+    }
+
+    /// Stops it until [`Pod::resume`].
+    ///
+    /// # Errors
+    /// A pod of the host has no such state.
+    pub fn pause(&self) -> Result<(), &'static str> {
+        match self {
+            Self::Machine(machine) => machine.pause(),
+            Self::Host(_) => return Err("a pod of the host has no machine that could pause"),
+        }
+        Ok(())
+    }
+
+    /// Lets it go on.
+    ///
+    /// # Errors
+    /// As [`Pod::pause`].
+    pub fn resume(&self) -> Result<(), &'static str> {
+        match self {
+            Self::Machine(machine) => machine.resume(),
+            Self::Host(_) => return Err("a pod of the host has no machine that could resume"),
+        }
+        Ok(())
+    }
+
+    /// Notes that its end was asked for, so that it is no failure.
+    pub fn expect_end(&self) {
+        if let Self::Host(pod) = self {
+            pod.expect_end();
+        }
+    }
+
+    /// Ends what still runs of it, after its end was told.
+    pub fn stop(&self) {
+        match self {
+            Self::Machine(machine) => machine.stop(),
+            Self::Host(pod) => pod.stop(),
+        }
+    }
+}
