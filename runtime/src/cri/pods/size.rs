@@ -3,13 +3,12 @@
 use caisson_proto::cri;
 
 use crate::config::MicroVmConfig;
+// Of the overhead that a RuntimeClass names: both count against the same limit of the pod's cgroup.
+use crate::sandbox::microvm::PROCESS_MIB;
 
 const MAX_VCPUS: u64 = 32;
 const MAX_MEMORY_MIB: u64 = 1 << 20;
 const MIB: u64 = 1 << 20;
-/// MiB of the overhead that a RuntimeClass names which are the pod process's own and not the guest's: both count
-/// against the same limit of the pod's cgroup.
-const PROCESS_MIB: u64 = 32;
 
 /// Virtual CPUs and MiB of memory for a pod: its limits, or the configured size where it has none. The guest's own
 /// needs come on top of a limit, so that the pod can use all that it was promised.

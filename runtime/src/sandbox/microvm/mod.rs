@@ -26,6 +26,9 @@ use super::{Log, Sandbox, SandboxError, StreamKind};
 use crate::timings::Timings;
 use share::Share;
 
+/// MiB that the pod process needs beside its guest's memory.
+pub const PROCESS_MIB: u64 = 32;
+
 /// How microVM pods are made on this node.
 #[derive(Clone, Debug)]
 pub struct MicroVmConfig {
@@ -67,11 +70,6 @@ impl MicroVm {
             pod: PodProcess::watch(id, dir, address).await,
             timings,
         }
-    }
-
-    /// The last lines of the guest's console, for a person who asks why a pod ended.
-    pub fn console_tail(&self) -> String {
-        self.pod.dir.console_tail()
     }
 }
 

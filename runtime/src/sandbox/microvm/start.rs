@@ -15,7 +15,7 @@ use caisson_vmm_protocol::{
 };
 
 use super::share::{GUEST_PATH, Share};
-use super::{MicroVm, MicroVmConfig, scratch};
+use super::{MicroVm, MicroVmConfig, PROCESS_MIB, scratch};
 use crate::network::PodNetwork;
 use crate::sandbox::pod::control::{self, Control};
 use crate::sandbox::pod::dir::PodDir;
@@ -208,9 +208,10 @@ async fn boot(
     };
     let (config, parent) = (config.pod.clone(), plan.cgroup_parent.clone());
     let (dir, network) = (dir.clone(), plan.network.clone());
+    let needs = (u64::from(plan.memory_mib) + PROCESS_MIB) << 20;
     let reply = tokio::task::spawn_blocking(move || {
         let socket = process::start(&config.vmm, &dir, |pid| {
-            cgroup::place(&dir, &config, &parent, pid)
+            cgroup::place(&dir, &config, &parent, pid, needs)
         })?;
         let reply = control::exchange(socket, &Request::Boot(Box::new(vm)), &fds.0);
         // The descriptors are lent until the pod process has its own.

@@ -20,17 +20,50 @@ const NEEDED: [&str; 3] = ["cpu", "memory", "pids"];
 /// Controllers that its containers can use where the host has them.
 const WANTED: [&str; 3] = ["cpuset", "io", "hugetlb"];
 
-/// Makes the pod's cgroup and moves the pod process there. On a host without cgroup v2 the process stays where
-/// the daemon is.
-pub fn place(dir: &PodDir, config: &PodConfig, parent: &str, pid: u32) -> io::Result<()> {
+/// Makes the cgroup of a microVM that needs so many bytes, and moves the pod process there. On a host without cgroup
+/// v2 the process stays where the daemon is.
+///
+/// A parent whose limit has no room for the machine is not used: the kernel would end the whole pod as soon as its guest
+/// fills its page cache. The kubelet sets such a limit where the pod's runtime class names no overhead.
+// must-test: the VMM killed by its own memory limit, because overhead was not accounted for
+pub fn place(
+    dir: &PodDir,
+    config: &PodConfig,
+    parent: &str,
+    pid: u32,
+    needs: u64,
+) -> io::Result<()> {
     if !Path::new(ROOT).join("cgroup.controllers").exists() {
         tracing::debug!("no cgroup v2 on this host: the pod process stays in the daemon's cgroup");
         return Ok(());
     }
+    let limit = memory_limit(&resolve(parent)?);
+    let parent = match limit.filter(|limit| *limit < needs) {
+        Some(limit) => {
+            tracing::warn!(
+                pod = dir.name(),
+                "the cgroup {parent} is limited to {limit} bytes and the pod's machine needs {needs}: the pod is \
+                 accounted for in {}; name the overhead in the pod's RuntimeClass",
+                config.cgroup_parent
+            );
+            ""
+        }
+        None => parent,
+    };
     let path = note(dir, config, parent)?;
     fs::create_dir_all(&path)
         .and_then(|()| join(&path, pid))
         .map_err(|e| about(&path, &e))
+}
+
+/// The limit in force for a group: the lowest of its own and those above.
+fn memory_limit(group: &Path) -> Option<u64> {
+    group
+        .ancestors()
+        .take_while(|path| path.starts_with(ROOT))
+        .filter_map(|path| fs::read_to_string(path.join("memory.max")).ok())
+        .filter_map(|text| text.trim().parse().ok())
+        .min()
 }
 
 /// The groups of a pod on the host.
