@@ -6,7 +6,7 @@
 mod records;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::Serialize;
@@ -98,8 +98,12 @@ impl Record for ContainerRecord {
 
 /// The store. Cheap to clone.
 #[derive(Clone)]
-pub struct Store {
-    database: Arc<Database>,
+pub struct Store(Arc<Inner>);
+
+struct Inner {
+    path: PathBuf,
+    /// `None` after a failure of the disk: redb takes nothing more then, until the file is opened anew.
+    database: RwLock<Option<Database>>,
 }
 
 impl Store {
@@ -108,28 +112,10 @@ impl Store {
     /// # Errors
     /// It is in use by another process, damaged, or the disk fails.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
-        let open = |cause: String| StoreError::Open {
+        Ok(Self(Arc::new(Inner {
+            database: RwLock::new(Some(open(path)?)),
             path: path.to_owned(),
-            cause,
-        };
-        if let Some(parent) = path.parent() {
-            std::fs::create_dir_all(parent).map_err(|e| open(e.to_string()))?;
-        }
-        let database = Database::create(path).map_err(|e| open(e.to_string()))?;
-        let begin = database.begin_write().map_err(|e| open(e.to_string()))?;
-        {
-            begin
-                .open_table(SANDBOXES)
-                .map_err(|e| open(e.to_string()))?;
-            begin
-                .open_table(CONTAINERS)
-                .map_err(|e| open(e.to_string()))?;
-            begin.open_table(NAMES).map_err(|e| open(e.to_string()))?;
-        }
-        begin.commit().map_err(|e| open(e.to_string()))?;
-        Ok(Self {
-            database: Arc::new(database),
-        })
+        })))
     }
 
     /// All pod sandboxes.
@@ -153,7 +139,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::NameInUse`] with the ID that has the name; the disk fails.
     pub async fn create_sandbox(&self, record: SandboxRecord) -> Result<(), StoreError> {
-        self.run(move |store| store.create(&record)).await
+        self.run(move |database| create(database, &record)).await
     }
 
     /// Writes a sandbox's record.
@@ -161,7 +147,7 @@ impl Store {
     /// # Errors
     /// The disk fails.
     pub async fn put_sandbox(&self, record: SandboxRecord) -> Result<(), StoreError> {
-        self.run(move |store| store.put(&record)).await
+        self.run(move |database| put(database, &record)).await
     }
 
     /// Forgets a sandbox and frees its name. Idempotent.
@@ -169,7 +155,7 @@ impl Store {
     /// # Errors
     /// The disk fails.
     pub async fn delete_sandbox(&self, record: SandboxRecord) -> Result<(), StoreError> {
-        self.run(move |store| store.delete(&record)).await
+        self.run(move |database| delete(database, &record)).await
     }
 
     /// Reserves the container's name and writes its first record.
@@ -177,7 +163,7 @@ impl Store {
     /// # Errors
     /// See [`Store::create_sandbox`].
     pub async fn create_container(&self, record: ContainerRecord) -> Result<(), StoreError> {
-        self.run(move |store| store.create(&record)).await
+        self.run(move |database| create(database, &record)).await
     }
 
     /// Writes a container's record.
@@ -185,7 +171,7 @@ impl Store {
     /// # Errors
     /// The disk fails.
     pub async fn put_container(&self, record: ContainerRecord) -> Result<(), StoreError> {
-        self.run(move |store| store.put(&record)).await
+        self.run(move |database| put(database, &record)).await
     }
 
     /// Forgets a container and frees its name. Idempotent.
@@ -193,97 +179,151 @@ impl Store {
     /// # Errors
     /// The disk fails.
     pub async fn delete_container(&self, record: ContainerRecord) -> Result<(), StoreError> {
-        self.run(move |store| store.delete(&record)).await
+        self.run(move |database| delete(database, &record)).await
     }
 
-    /// Runs a transaction where it may wait for the disk.
+    /// Runs a transaction where it may wait for the disk; once more on the file opened anew if it fails.
     async fn run(
         &self,
-        work: impl FnOnce(&Self) -> Result<(), StoreError> + Send + 'static,
+        work: impl Fn(&Database) -> Result<(), StoreError> + Send + 'static,
     ) -> Result<(), StoreError> {
         let store = self.clone();
-        tokio::task::spawn_blocking(move || work(&store))
-            .await
-            .unwrap_or_else(|error| Err(failed("finish a transaction", error)))
+        tokio::task::spawn_blocking(move || {
+            let result = store.with(&work);
+            let Err(StoreError::Transaction { .. }) = result else {
+                return result;
+            };
+            store.reopen()?;
+            store.with(&work)
+        })
+        .await
+        .unwrap_or_else(|error| Err(failed("finish a transaction", error)))
+    }
+
+    fn with<T>(
+        &self,
+        work: impl FnOnce(&Database) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        let database = self.0.database.read();
+        match &*database.unwrap_or_else(PoisonError::into_inner) {
+            Some(database) => work(database),
+            None => Err(failed("begin a transaction", "the disk failed before")),
+        }
+    }
+
+    fn reopen(&self) -> Result<(), StoreError> {
+        let database = self.0.database.write();
+        let mut database = database.unwrap_or_else(PoisonError::into_inner);
+        // Closed first: the file is locked as long as it is open.
+        *database = None;
+        *database = Some(open(&self.0.path)?);
+        Ok(())
     }
 
     fn all<R: Record>(&self) -> Result<Vec<R>, StoreError> {
-        const WHAT: &str = "read the records";
-        let read = self.database.begin_read().map_err(|e| failed(WHAT, e))?;
-        let table = read.open_table(R::TABLE).map_err(|e| failed(WHAT, e))?;
-        let mut records = Vec::new();
-        for entry in table.iter().map_err(|e| failed(WHAT, e))? {
-            let (id, bytes) = entry.map_err(|e| failed(WHAT, e))?;
-            records.push(serde_json::from_slice(bytes.value()).map_err(|error| {
-                StoreError::Corrupt {
-                    kind: R::KIND,
-                    id: id.value().to_owned(),
-                    cause: error.to_string(),
-                }
-            })?);
-        }
-        Ok(records)
+        self.with(all)
     }
+}
 
-    fn create<R: Record>(&self, record: &R) -> Result<(), StoreError> {
-        const WHAT: &str = "reserve a name";
-        let write = self.database.begin_write().map_err(|e| failed(WHAT, e))?;
-        {
-            let mut names = write.open_table(NAMES).map_err(|e| failed(WHAT, e))?;
-            let key = name_key(record);
-            let holder = names
-                .get(key.as_str())
-                .map_err(|e| failed(WHAT, e))?
-                .map(|id| id.value().to_owned());
-            if let Some(id) = holder {
-                return Err(StoreError::NameInUse {
-                    kind: R::KIND,
-                    name: record.name().to_owned(),
-                    id,
-                });
+fn open(path: &Path) -> Result<Database, StoreError> {
+    let failed = |cause: String| StoreError::Open {
+        path: path.to_owned(),
+        cause,
+    };
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent).map_err(|e| failed(e.to_string()))?;
+    }
+    let database = Database::create(path).map_err(|e| failed(e.to_string()))?;
+    let begin = database.begin_write().map_err(|e| failed(e.to_string()))?;
+    {
+        begin
+            .open_table(SANDBOXES)
+            .map_err(|e| failed(e.to_string()))?;
+        begin
+            .open_table(CONTAINERS)
+            .map_err(|e| failed(e.to_string()))?;
+        begin.open_table(NAMES).map_err(|e| failed(e.to_string()))?;
+    }
+    begin.commit().map_err(|e| failed(e.to_string()))?;
+    Ok(database)
+}
+
+fn all<R: Record>(database: &Database) -> Result<Vec<R>, StoreError> {
+    const WHAT: &str = "read the records";
+    let read = database.begin_read().map_err(|e| failed(WHAT, e))?;
+    let table = read.open_table(R::TABLE).map_err(|e| failed(WHAT, e))?;
+    let mut records = Vec::new();
+    for entry in table.iter().map_err(|e| failed(WHAT, e))? {
+        let (id, bytes) = entry.map_err(|e| failed(WHAT, e))?;
+        records.push(serde_json::from_slice(bytes.value()).map_err(|error| {
+            StoreError::Corrupt {
+                kind: R::KIND,
+                id: id.value().to_owned(),
+                cause: error.to_string(),
             }
-            names
-                .insert(key.as_str(), record.id())
-                .map_err(|e| failed(WHAT, e))?;
-            let mut table = write.open_table(R::TABLE).map_err(|e| failed(WHAT, e))?;
-            table
-                .insert(record.id(), encode(record)?.as_slice())
-                .map_err(|e| failed(WHAT, e))?;
-        }
-        write.commit().map_err(|e| failed(WHAT, e))
+        })?);
     }
+    Ok(records)
+}
 
-    fn put<R: Record>(&self, record: &R) -> Result<(), StoreError> {
-        const WHAT: &str = "write a record";
-        let write = self.database.begin_write().map_err(|e| failed(WHAT, e))?;
-        {
-            let mut table = write.open_table(R::TABLE).map_err(|e| failed(WHAT, e))?;
-            table
-                .insert(record.id(), encode(record)?.as_slice())
-                .map_err(|e| failed(WHAT, e))?;
+fn create<R: Record>(database: &Database, record: &R) -> Result<(), StoreError> {
+    const WHAT: &str = "reserve a name";
+    let write = database.begin_write().map_err(|e| failed(WHAT, e))?;
+    {
+        let mut names = write.open_table(NAMES).map_err(|e| failed(WHAT, e))?;
+        let key = name_key(record);
+        let holder = names
+            .get(key.as_str())
+            .map_err(|e| failed(WHAT, e))?
+            .map(|id| id.value().to_owned());
+        if let Some(id) = holder {
+            return Err(StoreError::NameInUse {
+                kind: R::KIND,
+                name: record.name().to_owned(),
+                id,
+            });
         }
-        write.commit().map_err(|e| failed(WHAT, e))
+        names
+            .insert(key.as_str(), record.id())
+            .map_err(|e| failed(WHAT, e))?;
+        let mut table = write.open_table(R::TABLE).map_err(|e| failed(WHAT, e))?;
+        table
+            .insert(record.id(), encode(record)?.as_slice())
+            .map_err(|e| failed(WHAT, e))?;
     }
+    write.commit().map_err(|e| failed(WHAT, e))
+}
 
-    fn delete<R: Record>(&self, record: &R) -> Result<(), StoreError> {
-        const WHAT: &str = "delete a record";
-        let write = self.database.begin_write().map_err(|e| failed(WHAT, e))?;
-        {
-            let mut table = write.open_table(R::TABLE).map_err(|e| failed(WHAT, e))?;
-            table.remove(record.id()).map_err(|e| failed(WHAT, e))?;
-            let mut names = write.open_table(NAMES).map_err(|e| failed(WHAT, e))?;
-            let key = name_key(record);
-            // The name may have been freed and taken by another since.
-            let ours = names
-                .get(key.as_str())
-                .map_err(|e| failed(WHAT, e))?
-                .is_some_and(|id| id.value() == record.id());
-            if ours {
-                names.remove(key.as_str()).map_err(|e| failed(WHAT, e))?;
-            }
-        }
-        write.commit().map_err(|e| failed(WHAT, e))
+fn put<R: Record>(database: &Database, record: &R) -> Result<(), StoreError> {
+    const WHAT: &str = "write a record";
+    let write = database.begin_write().map_err(|e| failed(WHAT, e))?;
+    {
+        let mut table = write.open_table(R::TABLE).map_err(|e| failed(WHAT, e))?;
+        table
+            .insert(record.id(), encode(record)?.as_slice())
+            .map_err(|e| failed(WHAT, e))?;
     }
+    write.commit().map_err(|e| failed(WHAT, e))
+}
+
+fn delete<R: Record>(database: &Database, record: &R) -> Result<(), StoreError> {
+    const WHAT: &str = "delete a record";
+    let write = database.begin_write().map_err(|e| failed(WHAT, e))?;
+    {
+        let mut table = write.open_table(R::TABLE).map_err(|e| failed(WHAT, e))?;
+        table.remove(record.id()).map_err(|e| failed(WHAT, e))?;
+        let mut names = write.open_table(NAMES).map_err(|e| failed(WHAT, e))?;
+        let key = name_key(record);
+        // The name may have been freed and taken by another since.
+        let ours = names
+            .get(key.as_str())
+            .map_err(|e| failed(WHAT, e))?
+            .is_some_and(|id| id.value() == record.id());
+        if ours {
+            names.remove(key.as_str()).map_err(|e| failed(WHAT, e))?;
+        }
+    }
+    write.commit().map_err(|e| failed(WHAT, e))
 }
 
 fn name_key<R: Record>(record: &R) -> String {
