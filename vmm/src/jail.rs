@@ -2,8 +2,8 @@
 //!
 //! Afterwards it sees the share's root directory as `/` (an empty file system where there is no share),
 //! is an unprivileged user of the host in a user namespace of its own, and holds only those capabilities
-//! there that a file server needs for its clients' files. Mounts that the daemon makes below the share's
-//! root later appear by propagation: our mounts are slaves of the host's.
+//! there that a file server needs for its clients' files. What the daemon shows later it mounts below the
+//! share's root in our mount namespace, which is left to the host's user namespace and so to its root.
 //!
 //! Two steps, because a file server opens `/proc/self/fd` when it is made: [`Jail::prepare`] makes the
 //! root, still with the host's `/` around it, and [`Jail::enter`] goes in. Both want a process with one

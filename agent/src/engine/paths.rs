@@ -16,6 +16,8 @@ pub struct Paths {
     pub scratch: PathBuf,
     /// A directory a container, with its mounted root file system.
     pub containers: PathBuf,
+    /// Images that containers have as volumes: `<container>/<number>`.
+    pub volumes: PathBuf,
     /// The agent's program, run anew to become a container's process; it must call [`super::init_main`] when its
     /// first argument is [`super::INIT`].
     pub program: PathBuf,
@@ -29,6 +31,7 @@ impl Default for Paths {
             layers: "/run/caisson/layers".into(),
             scratch: "/run/caisson/scratch".into(),
             containers: "/run/caisson/containers".into(),
+            volumes: "/run/caisson/volumes".into(),
             program: "/proc/self/exe".into(),
             cgroup: "/sys/fs/cgroup".into(),
         }
@@ -42,8 +45,8 @@ static HOST_MOUNTS: OnceLock<OwnedFd> = OnceLock::new();
 ///
 /// # Errors
 /// Gives them back if they were set or used before.
-pub fn set(paths: Paths) -> Result<(), Paths> {
-    PATHS.set(paths)
+pub fn set(paths: Paths) -> Result<(), Box<Paths>> {
+    PATHS.set(paths).map_err(Box::new)
 }
 
 /// Names the mount namespace in which sources below [`HOST`] are looked up.

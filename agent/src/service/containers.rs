@@ -12,7 +12,7 @@ use super::exits;
 use super::pod::Pod;
 use super::stdio::{Streams, Wanted};
 use crate::engine::spec::{LinuxResources, Spec};
-use crate::engine::{self, RootFs};
+use crate::engine::{self, ImageVolume, RootFs};
 use crate::{info, warn};
 
 const LAYERS_MAX: usize = 127;
@@ -65,9 +65,16 @@ fn make(
         step: "make the pipes of the standard streams",
         error,
     })?;
-    let layers = request.rootfs.unwrap_or_default().layers;
+    let paths = |layers: Vec<String>| layers.into_iter().map(PathBuf::from).collect();
+    let volumes = request.image_volumes.into_iter();
     let rootfs = RootFs {
-        layers: layers.into_iter().map(PathBuf::from).collect(),
+        layers: paths(request.rootfs.unwrap_or_default().layers),
+        volumes: volumes
+            .map(|volume| ImageVolume {
+                layers: paths(volume.layers),
+                sub_path: volume.sub_path,
+            })
+            .collect(),
     };
     let (container, master) =
         engine::Container::create(&request.container_id, spec, rootfs, stdio)?;

@@ -123,10 +123,17 @@ fn bad_layers() {
         (vec!["/etc".into()], "regular file"),
     ] {
         let before = traces();
-        let error = create_with(&id(), &spec("true"), RootFs { layers })
-            .err()
-            .unwrap()
-            .to_string();
+        let error = create_with(
+            &id(),
+            &spec("true"),
+            RootFs {
+                layers,
+                ..RootFs::default()
+            },
+        )
+        .err()
+        .unwrap()
+        .to_string();
         assert!(error.contains(part), "{error}");
         assert_eq!(before, traces(), "after {error}");
     }

@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use caisson_agent::engine::{ImageVolume, RootFs};
 use serde_json::json;
 
 use super::Test;
@@ -13,6 +14,8 @@ pub const TESTS: &[Test] = &[
         layers_are_shared_and_writes_are_not,
     ),
     ("a_stack_of_many_layers", a_stack_of_many_layers),
+    ("images_as_volumes", images_as_volumes),
+    ("image_volumes_that_cannot_be", image_volumes_that_cannot_be),
     ("read_only_root", read_only_root),
     ("mount_options", mount_options),
     ("propagation", propagation),
@@ -59,6 +62,81 @@ fn a_stack_of_many_layers() {
     rootfs.layers.push(rootfs.layers[2].clone());
     let error = create_with(&id(), &spec("true"), rootfs).err().unwrap();
     assert!(error.to_string().contains("128 layers"), "{error}");
+}
+
+/// A spec whose `/volume` is the container's first image volume.
+fn with_volume(id: &str, script: &str) -> serde_json::Value {
+    let mut document = spec(script);
+    add_mount(
+        &mut document,
+        json!({
+            "destination": "/volume",
+            "type": "bind",
+            "source": format!("{VOLUMES}/{id}/0"),
+            "options": ["rbind", "ro"],
+        }),
+    );
+    document
+}
+
+fn images_as_volumes() {
+    let both = layers().layers;
+    for (layers_of_volume, sub_path, script, expected) in [
+        (&both[..], "", "cat /volume/etc/replaced", "upper\n"),
+        (&both[..1], "", "cat /volume/etc/replaced", "lower\n"),
+        (&both[..], "etc", "cat /volume/replaced", "upper\n"),
+        (&both[..], "etc/replaced", "cat /volume", "upper\n"),
+        // A link of the image means what it means in there.
+        (&both[..], "link-to-etc", "cat /volume/replaced", "upper\n"),
+        (&both[..], "link-up/etc", "cat /volume/replaced", "upper\n"),
+        (
+            &both[..],
+            "",
+            "/volume/bin/busybox touch /volume/x 2>&1; true",
+            "touch: /volume/x: Read-only file system\n",
+        ),
+    ] {
+        let id = id();
+        let volume = ImageVolume {
+            layers: layers_of_volume.to_vec(),
+            sub_path: sub_path.to_owned(),
+        };
+        let rootfs = RootFs {
+            volumes: vec![volume],
+            ..layers()
+        };
+        let running = create_with(&id, &with_volume(&id, script), rootfs).unwrap();
+        running.container.start().unwrap();
+        assert_eq!(running.end().1, expected, "{sub_path:?}: {script}");
+    }
+}
+
+fn image_volumes_that_cannot_be() {
+    let good = layers().layers;
+    for (layers_of_volume, sub_path, part, invalid) in [
+        (vec![], "", "0 layers", true),
+        (vec!["/no/such.erofs".into()], "", "/no/such.erofs", false),
+        (good.clone(), "no/such", "no/such", true),
+        (good, "etc/passwd/x", "etc/passwd/x", true),
+    ] {
+        let before = traces();
+        let id = id();
+        let volume = ImageVolume {
+            layers: layers_of_volume,
+            sub_path: sub_path.to_owned(),
+        };
+        let rootfs = RootFs {
+            volumes: vec![volume],
+            ..layers()
+        };
+        let error = create_with(&id, &with_volume(&id, "true"), rootfs)
+            .err()
+            .unwrap();
+        assert_eq!(error.is_invalid_argument(), invalid, "{error}");
+        assert!(error.to_string().contains(part), "{error}");
+        assert_eq!(before, traces(), "after {error}");
+        assert!(!std::path::Path::new(VOLUMES).join(&id).exists());
+    }
 }
 
 fn read_only_root() {

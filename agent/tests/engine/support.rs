@@ -21,6 +21,9 @@ const BASE: &str = "/var/lib/caisson-engine-test";
 /// Where layers are mounted.
 const LAYER_MOUNTS: &str = "/run/caisson-test/layers";
 
+/// Where image volumes are mounted.
+pub const VOLUMES: &str = "/run/caisson-test/volumes";
+
 static LAYERS: OnceLock<Vec<PathBuf>> = OnceLock::new();
 
 /// Makes the images, and says what is missing if they or containers cannot be made.
@@ -48,6 +51,7 @@ pub fn prepare() -> Result<(), String> {
         layers: LAYER_MOUNTS.into(),
         scratch: base.join("scratch"),
         containers: base.join("containers"),
+        volumes: VOLUMES.into(),
         ..paths::Paths::default()
     })
     .unwrap();
@@ -109,6 +113,7 @@ pub fn image(name: &str, fill: impl FnOnce(&Path)) -> PathBuf {
 pub fn layers() -> RootFs {
     RootFs {
         layers: LAYERS.get().unwrap().clone(),
+        ..RootFs::default()
     }
 }
 

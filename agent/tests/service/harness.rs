@@ -112,6 +112,7 @@ impl Agent {
                 layers: vec![self.layer()],
             }),
             stdin: false,
+            ..Default::default()
         }
     }
 

@@ -96,6 +96,27 @@ pub struct Log {
     pub stderr: Option<OwnedFd>,
 }
 
+/// How a file or directory of the host is shown.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct VolumeOptions {
+    /// Writes are refused, except in what is mounted below.
+    pub read_only: bool,
+    /// Writes are refused in what is mounted below.
+    pub recursive_read_only: bool,
+    /// What the host mounts below it later appears.
+    pub follows_host: bool,
+}
+
+/// A volume as the agent finds it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct SharedVolume {
+    /// Its path there.
+    pub path: String,
+    /// It is read-only in part. For the agent it is one mount, which has to be writable; the sandbox refuses the writes
+    /// that must not be.
+    pub partly_writable: bool,
+}
+
 /// Why a sandbox could not do what was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum SandboxError {
@@ -193,14 +214,13 @@ pub trait Sandbox: Send + Sync {
     /// The same layer given twice is shared.
     async fn share_layer(&self, container_id: &str, layer: &Path) -> Result<String, SandboxError>;
 
-    /// Shows a file or directory of the host to the guest; the path in the guest. `read_only` also holds against a
-    /// guest that ignores it.
+    /// Shows a file or directory of the host to the agent. The options also hold against a guest that ignores them.
     async fn share_volume(
         &self,
         container_id: &str,
         host_path: &Path,
-        read_only: bool,
-    ) -> Result<String, SandboxError>;
+        options: VolumeOptions,
+    ) -> Result<SharedVolume, SandboxError>;
 
     /// Takes away what was shared with a container that the agent has removed, and closes its log. Idempotent.
     async fn forget(&self, container_id: &str) -> Result<(), SandboxError>;

@@ -149,7 +149,7 @@ pub struct ContainerRecord {
     pub image_id: String,
     /// The image's digest reference, or its ID.
     pub image_ref: String,
-    /// The diff IDs of the image's layers, which an image removal must spare.
+    /// The diff IDs of the layers of the image and of image volumes, which an image removal must spare.
     pub layers: Vec<String>,
     /// The log file's path on the host; empty: no log.
     pub log_path: PathBuf,

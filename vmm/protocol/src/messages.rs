@@ -129,7 +129,7 @@ pub struct ShareConfig {
     /// The tag by which the guest mounts it; 1 to 36 bytes.
     pub tag: String,
     /// The directory that is the share's root. The process pivots into it: it sees nothing else.
-    /// Mounts that the daemon makes below it later appear by propagation.
+    /// What the daemon shows later it mounts below it in the process's mount namespace.
     pub root: FdIndex,
 }
 

@@ -17,7 +17,7 @@ mod host;
 pub(crate) mod mount_options;
 mod mounts;
 pub(crate) mod process;
-mod resolve;
+pub(crate) mod resolve;
 mod root;
 mod stage;
 pub(crate) mod sysctl;

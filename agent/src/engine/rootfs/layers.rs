@@ -10,8 +10,6 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use nix::mount::{MntFlags, umount2};
-
 use super::loopdev;
 use crate::engine::sys::{self, NewFileSystem};
 use crate::engine::{error::EngineError, paths};
@@ -118,11 +116,8 @@ impl Drop for LayerMount {
         if layer.users > 0 {
             return;
         }
-        // Detached if somebody still looks at it: the kernel unmounts it when they are done. The number is
-        // free in either case.
-        if umount2(&self.path, MntFlags::UMOUNT_NOFOLLOW).is_err() {
-            let _ = umount2(&self.path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
-        }
+        // If somebody still looks at it, the kernel unmounts it when they are done. The number is free in either case.
+        super::unmount(&self.path);
         let _ = fs::remove_dir(&self.path);
         table.remove(&self.number);
     }

@@ -3,6 +3,7 @@
 
 mod layers;
 mod loopdev;
+mod volume;
 
 use std::fs;
 use std::io;
@@ -15,17 +16,23 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use super::error::EngineError;
 use super::paths;
 use layers::LayerMount;
+pub use volume::ImageVolume;
+use volume::VolumeMount;
 
 /// Layers an image can have, as in other runtimes.
 const MAX_LAYERS: usize = 127;
+/// Images a container can have as volumes.
+const MAX_VOLUMES: usize = 512;
 /// The kernel takes one page of options, with a NUL at the end.
 const MAX_OPTIONS: usize = 4095;
 
-/// What a container's root file system is made of.
+/// What a container's root file system is made of, and its volumes that are images.
 #[derive(Debug, Clone, Default)]
 pub struct RootFs {
     /// EROFS images, lowest first: paths in the guest, on a shared mount.
     pub layers: Vec<PathBuf>,
+    /// Images that the spec's mounts find in [`paths::Paths::volumes`].
+    pub volumes: Vec<ImageVolume>,
 }
 
 /// A mounted root file system.
@@ -34,39 +41,38 @@ pub(crate) struct Mounted {
     target: PathBuf,
     scratch: PathBuf,
     /// Unmounted when they are dropped, after the overlay.
-    _layers: Vec<LayerMount>,
+    layers: Vec<LayerMount>,
+    _volumes: Vec<VolumeMount>,
 }
 
 impl Mounted {
     /// Mounts a container's root file system; with `ids`, as the user namespace it is a descriptor of sees it.
     ///
     /// # Errors
-    /// If a layer is missing or no EROFS image, or the overlay is refused; nothing stays mounted then.
+    /// If a layer is missing or no EROFS image, or a mount is refused; nothing stays mounted then.
     pub fn mount(
         id: &str,
         rootfs: &RootFs,
         ids: Option<BorrowedFd<'_>>,
     ) -> Result<Self, EngineError> {
-        if rootfs.layers.is_empty() || rootfs.layers.len() > MAX_LAYERS {
+        if rootfs.volumes.len() > MAX_VOLUMES {
             return Err(EngineError::Argument(format!(
-                "the root file system of {id} has {} layers; it needs between 1 and {MAX_LAYERS}",
-                rootfs.layers.len()
+                "{id} has {} images as volumes; at most {MAX_VOLUMES} are possible",
+                rootfs.volumes.len()
             )));
         }
-        let mut layers = Vec::with_capacity(rootfs.layers.len());
-        for image in &rootfs.layers {
-            let layer = LayerMount::of_image(image)?;
-            if let Some(namespace) = ids {
-                layers.push(layer.with_ids_of(namespace)?);
-            }
-            layers.push(layer);
-        }
+        let layers = mount_layers(&rootfs.layers, ids)?;
+        let volumes = (0..)
+            .zip(&rootfs.volumes)
+            .map(|(number, volume)| VolumeMount::mount(id, number, volume, ids))
+            .collect::<Result<_, _>>()?;
         let (target, scratch) = (paths::get().rootfs(id), paths::get().scratch(id));
         let what = format!("mount the root file system {}", target.display());
         let mounted = Self {
             target,
             scratch,
-            _layers: layers,
+            layers,
+            _volumes: volumes,
         };
         // From here on, dropping it undoes what was done.
         mounted
@@ -76,13 +82,7 @@ impl Mounted {
     }
 
     fn overlay(&self, mapped: bool) -> io::Result<()> {
-        // Of each pair the first is the one with mapped ids.
-        let lower: Vec<&Path> = self
-            ._layers
-            .iter()
-            .step_by(if mapped { 2 } else { 1 })
-            .map(|layer| layer.path.as_path())
-            .collect();
+        let lower = places(&self.layers, mapped);
         let (upper, work) = (self.upper(), self.scratch.join("work"));
         fs::create_dir_all(&self.target)?;
         fs::create_dir_all(paths::get().scratch.as_path())?;
@@ -99,33 +99,13 @@ impl Mounted {
                 fs::Permissions::from_mode(attributes.mode() & 0o7777),
             )?;
         }
-        let list: Vec<_> = lower
-            .iter()
-            .rev()
-            .map(|path| path.to_string_lossy())
-            .collect();
         // Volatile: what a container wrote is gone with it, so nothing is gained by waiting for the disk.
-        let options = format!(
-            "lowerdir={},upperdir={},workdir={},volatile",
-            list.join(":"),
+        let writable = format!(
+            ",upperdir={},workdir={},volatile",
             upper.display(),
             work.display()
         );
-        if options.len() > MAX_OPTIONS {
-            return Err(io::Error::other(format!(
-                "its {} layers need {} bytes of options, the kernel takes {MAX_OPTIONS}",
-                list.len(),
-                options.len()
-            )));
-        }
-        mount(
-            Some("overlay"),
-            &self.target,
-            Some("overlay"),
-            MsFlags::empty(),
-            Some(options.as_str()),
-        )?;
-        Ok(())
+        stack(&lower, &writable, &self.target, MsFlags::empty())
     }
 
     /// Directory of what the container wrote.
@@ -141,15 +121,68 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        // Detached if something in the agent still looks at it; nothing of the container is left.
-        if umount2(&self.target, MntFlags::UMOUNT_NOFOLLOW).is_err() {
-            let _ = umount2(
-                &self.target,
-                MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW,
-            );
-        }
+        // Nothing of the container is left.
+        unmount(&self.target);
         let _ = fs::remove_dir(&self.target);
         let _ = fs::remove_dir_all(&self.scratch);
+    }
+}
+
+/// Mounts the layers of an image, the lowest first; with `ids` each is preceded by a view of it with these.
+fn mount_layers(
+    images: &[PathBuf],
+    ids: Option<BorrowedFd<'_>>,
+) -> Result<Vec<LayerMount>, EngineError> {
+    if images.is_empty() || images.len() > MAX_LAYERS {
+        return Err(EngineError::Argument(format!(
+            "an image has {} layers; it needs between 1 and {MAX_LAYERS}",
+            images.len()
+        )));
+    }
+    let mut layers = Vec::with_capacity(images.len());
+    for image in images {
+        let layer = LayerMount::of_image(image)?;
+        if let Some(namespace) = ids {
+            layers.push(layer.with_ids_of(namespace)?);
+        }
+        layers.push(layer);
+    }
+    Ok(layers)
+}
+
+/// Where [`mount_layers`] has mounted what a container sees, the lowest first.
+fn places(layers: &[LayerMount], mapped: bool) -> Vec<&Path> {
+    layers
+        .iter()
+        .step_by(if mapped { 2 } else { 1 })
+        .map(|layer| layer.path.as_path())
+        .collect()
+}
+
+/// Mounts layers, the lowest first, one on the other.
+fn stack(lower: &[&Path], more: &str, target: &Path, flags: MsFlags) -> io::Result<()> {
+    let list: Vec<_> = lower
+        .iter()
+        .rev()
+        .map(|path| path.to_string_lossy())
+        .collect();
+    let options = format!("lowerdir={}{more}", list.join(":"));
+    if options.len() > MAX_OPTIONS {
+        return Err(io::Error::other(format!(
+            "its {} layers need {} bytes of options, the kernel takes {MAX_OPTIONS}",
+            list.len(),
+            options.len()
+        )));
+    }
+    let overlay = Some("overlay");
+    mount(overlay, target, overlay, flags, Some(options.as_str()))?;
+    Ok(())
+}
+
+/// Takes a mount away; detached if something in the agent still looks at it.
+fn unmount(target: &Path) {
+    if umount2(target, MntFlags::UMOUNT_NOFOLLOW).is_err() {
+        let _ = umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
     }
 }
 

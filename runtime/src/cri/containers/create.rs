@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::super::registry::{Container, Pod, now};
 use super::super::spec::{self, AppArmor, ImageDefaults, signal};
 use super::super::{Context, CriError, guest, new_id, pods};
-use super::volumes;
+use super::{image_volumes, volumes};
 use crate::config::HandlerKind;
 use crate::image::Image;
 use crate::sandbox::Sandbox;
@@ -32,11 +32,12 @@ pub async fn create(
 ) -> Result<String, CriError> {
     let pod = context.registry.pod(&request.pod_sandbox_id)?;
     pod.ready()?;
-    let config = request
+    let mut config = request
         .config
         .ok_or_else(|| CriError::invalid("the request has no container configuration"))?;
     let image = find_image(context, &config).await?;
-    let record = record(&pod, config, &image)?;
+    let volumes = image_volumes::find(context, &mut config.mounts).await?;
+    let record = record(&pod, config, &image, &volumes)?;
 
     // Whoever takes the pod apart waits until this has ended, one way or the other.
     let _making = pod.lifecycle.read().await;
@@ -45,7 +46,16 @@ pub async fn create(
         .registry
         .create_container(record, pod.clone())
         .await?;
-    match make(context, &container, &pod, sandbox.as_ref(), &image).await {
+    match make(
+        context,
+        &container,
+        &pod,
+        sandbox.as_ref(),
+        &image,
+        &volumes,
+    )
+    .await
+    {
         Ok(()) => {
             context.registry.emit(
                 cri::ContainerEventType::ContainerCreatedEvent,
@@ -81,6 +91,7 @@ fn record(
     pod: &Pod,
     config: cri::ContainerConfig,
     image: &Image,
+    volumes: &[Image],
 ) -> Result<ContainerRecord, CriError> {
     let metadata = config
         .metadata
@@ -125,7 +136,11 @@ fn record(
         resources: Proto(resources),
         image_id: image.id.clone(),
         image_ref: image.repo_digests.first().unwrap_or(&image.id).clone(),
-        layers: image.layers.iter().map(ToString::to_string).collect(),
+        layers: std::iter::once(image)
+            .chain(volumes)
+            .flat_map(|image| &image.layers)
+            .map(ToString::to_string)
+            .collect(),
         log_path,
         stop_signal,
         process: Value::Null,
@@ -169,6 +184,7 @@ async fn make(
     pod: &Arc<Pod>,
     sandbox: &dyn Sandbox,
     image: &Image,
+    volumes: &[Image],
 ) -> Result<(), CriError> {
     let config = container.record().config.0;
     let pod_config = pod.record().config.0;
@@ -199,10 +215,9 @@ async fn make(
     let shared = volumes::share(sandbox, &container.id, host_paths).await?;
     input.volumes = &shared;
     let spec = spec::build(&input)?;
-    let mut layers = Vec::new();
-    for path in context.images.layer_paths(image) {
-        layers.push(sandbox.share_layer(&container.id, &path).await?);
-    }
+    let layers = share_layers(context, sandbox, &container.id, image).await?;
+    let image_volumes =
+        image_volumes::share(context, sandbox, &container.id, &config.mounts, volumes).await?;
     let process = spec["process"].clone();
     let spec_json = serde_json::to_vec(&spec)
         .map_err(|error| CriError::internal(format!("cannot encode the spec: {error}")))?;
@@ -211,6 +226,7 @@ async fn make(
         spec_json,
         rootfs: Some(agent::RootFs { layers }),
         stdin: config.stdin,
+        image_volumes,
     };
     let mut client = sandbox.agent();
     let what = format!("create container {}", container.id);
@@ -275,6 +291,20 @@ async fn apparmor_profile(
             }
         },
     }
+}
+
+/// Shows an image's layers to the agent, the lowest first: their paths there.
+pub(super) async fn share_layers(
+    context: &Context,
+    sandbox: &dyn Sandbox,
+    container_id: &str,
+    image: &Image,
+) -> Result<Vec<String>, CriError> {
+    let mut layers = Vec::with_capacity(image.layers.len());
+    for path in context.images.layer_paths(image) {
+        layers.push(sandbox.share_layer(container_id, &path).await?);
+    }
+    Ok(layers)
 }
 
 /// The process whose PID namespace the container asks to join.

@@ -3,6 +3,7 @@
 mod create;
 pub mod exec;
 pub mod exits;
+mod image_volumes;
 pub mod log;
 mod propagation;
 mod recover;

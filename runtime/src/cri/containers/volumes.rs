@@ -3,19 +3,21 @@
 use std::path::PathBuf;
 
 use caisson_proto::cri;
+use cri::MountPropagation;
 
 use super::super::CriError;
 use super::super::spec::Volume;
-use super::propagation;
-use crate::sandbox::Sandbox;
+use super::{image_volumes, propagation};
+use crate::sandbox::{Sandbox, SharedVolume, VolumeOptions};
 
 /// The most volumes of one container.
 const MAX_VOLUMES: usize = 512;
 
-/// A volume whose host path was checked.
+/// A volume that was checked.
 #[derive(Debug)]
-pub struct HostVolume {
-    path: PathBuf,
+pub struct Checked {
+    /// The path of the host; `None`: an image volume.
+    path: Option<PathBuf>,
     mount: cri::Mount,
 }
 
@@ -23,7 +25,7 @@ pub struct HostVolume {
 ///
 /// # Errors
 /// INVALID_ARGUMENT or UNIMPLEMENTED that names the mount and what about it is not possible.
-pub async fn resolve(mounts: &[cri::Mount], on_host: bool) -> Result<Vec<HostVolume>, CriError> {
+pub async fn resolve(mounts: &[cri::Mount], on_host: bool) -> Result<Vec<Checked>, CriError> {
     if mounts.len() > MAX_VOLUMES {
         return Err(CriError::invalid(format!(
             "the container has {} mounts; at most {MAX_VOLUMES} are possible",
@@ -33,24 +35,10 @@ pub async fn resolve(mounts: &[cri::Mount], on_host: bool) -> Result<Vec<HostVol
     let mut all = Vec::with_capacity(mounts.len());
     for mount in mounts {
         let at = &mount.container_path;
-        if mount
-            .image
-            .as_ref()
-            .is_some_and(|image| !image.image.is_empty())
-        {
+        if mount.propagation() == MountPropagation::PropagationBidirectional && !on_host {
             return Err(CriError::unimplemented(format!(
-                "the mount at {at} is an image volume, which is not supported"
+                "the mount at {at} has the propagation PROPAGATION_BIDIRECTIONAL, and mounts do not propagate out of a microVM; use a handler of kind `host`"
             )));
-        }
-        match mount.propagation() {
-            cri::MountPropagation::PropagationPrivate => {}
-            _ if on_host => {}
-            other => {
-                return Err(CriError::unimplemented(format!(
-                    "the mount at {at} has the propagation {}, and mounts do not propagate into a microVM; use PROPAGATION_PRIVATE",
-                    other.as_str_name()
-                )));
-            }
         }
         if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
             return Err(CriError::unimplemented(format!(
@@ -61,6 +49,19 @@ pub async fn resolve(mounts: &[cri::Mount], on_host: bool) -> Result<Vec<HostVol
             return Err(CriError::invalid(format!(
                 "the mount at {at} has recursive_read_only without readonly"
             )));
+        }
+        if mount.recursive_read_only && mount.propagation() != MountPropagation::PropagationPrivate
+        {
+            return Err(CriError::invalid(format!(
+                "the mount at {at} has recursive_read_only, and mounts that appear later would not be; use PROPAGATION_PRIVATE"
+            )));
+        }
+        if image_volumes::is_image(mount) {
+            all.push(Checked {
+                path: None,
+                mount: mount.clone(),
+            });
+            continue;
         }
         if !mount.host_path.starts_with('/') {
             return Err(CriError::invalid(format!(
@@ -89,8 +90,8 @@ pub async fn resolve(mounts: &[cri::Mount], on_host: bool) -> Result<Vec<HostVol
             )));
         }
         propagation::check(&path, mount).await?;
-        all.push(HostVolume {
-            path,
+        all.push(Checked {
+            path: Some(path),
             mount: mount.clone(),
         });
     }
@@ -104,18 +105,33 @@ pub async fn resolve(mounts: &[cri::Mount], on_host: bool) -> Result<Vec<HostVol
 pub async fn share(
     sandbox: &dyn Sandbox,
     container_id: &str,
-    volumes: Vec<HostVolume>,
+    volumes: Vec<Checked>,
 ) -> Result<Vec<Volume>, CriError> {
     let mut shared = Vec::with_capacity(volumes.len());
-    for HostVolume { path, mount } in volumes {
-        let source = sandbox
-            .share_volume(container_id, &path, mount.readonly)
-            .await?;
+    let mut images = 0;
+    for Checked { path, mount } in volumes {
         let propagation = mount.propagation();
+        let volume = match path {
+            Some(path) => {
+                let options = VolumeOptions {
+                    read_only: mount.readonly,
+                    recursive_read_only: mount.recursive_read_only,
+                    follows_host: propagation != MountPropagation::PropagationPrivate,
+                };
+                sandbox.share_volume(container_id, &path, options).await?
+            }
+            None => {
+                images += 1;
+                SharedVolume {
+                    path: image_volumes::place(container_id, images - 1),
+                    partly_writable: false,
+                }
+            }
+        };
         shared.push(Volume {
-            source,
+            source: volume.path,
             destination: mount.container_path,
-            read_only: mount.readonly,
+            read_only: mount.readonly && !volume.partly_writable,
             recursive_read_only: mount.recursive_read_only,
             propagation,
         });
@@ -156,7 +172,7 @@ mod tests {
         let resolved = resolve(&[mount(link.to_str().unwrap())], false)
             .await
             .unwrap();
-        assert_eq!(resolved[0].path, dir.path().canonicalize().unwrap());
+        assert_eq!(resolved[0].path, Some(dir.path().canonicalize().unwrap()));
     }
 
     #[tokio::test]
@@ -181,19 +197,22 @@ mod tests {
             error.message.contains("PROPAGATION_BIDIRECTIONAL"),
             "{error}"
         );
-        let image = cri::Mount {
-            image: Some(cri::ImageSpec {
-                image: "x".into(),
-                ..Default::default()
-            }),
-            ..mount("")
-        };
-        let error = resolve(&[image], false).await.unwrap_err();
-        assert_eq!(error.code, tonic::Code::Unimplemented);
         let rro = cri::Mount {
             recursive_read_only: true,
             ..mount("/tmp")
         };
         assert!(resolve(&[rro], false).await.is_err());
+        let rro = cri::Mount {
+            recursive_read_only: true,
+            readonly: true,
+            propagation: MountPropagation::PropagationHostToContainer as i32,
+            ..mount("/tmp")
+        };
+        for on_host in [false, true] {
+            let error = resolve(std::slice::from_ref(&rro), on_host)
+                .await
+                .unwrap_err();
+            assert!(error.message.contains("recursive_read_only"), "{error}");
+        }
     }
 }

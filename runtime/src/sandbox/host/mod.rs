@@ -23,7 +23,7 @@ use tonic::transport::Channel;
 use super::agent::Address;
 use super::pod::dir::PodDir;
 use super::pod::{PodConfig, PodProcess, cgroup};
-use super::{Log, Sandbox, SandboxError, StreamKind};
+use super::{Log, Sandbox, SandboxError, SharedVolume, StreamKind, VolumeOptions};
 use crate::timings::Timings;
 
 /// Where a path of the host is for the agent: it takes it from the host's mounts when a container gets it.
@@ -154,10 +154,13 @@ impl Sandbox for Host {
         &self,
         _container_id: &str,
         host_path: &Path,
-        _read_only: bool,
-    ) -> Result<String, SandboxError> {
+        _options: VolumeOptions,
+    ) -> Result<SharedVolume, SandboxError> {
         match host_path.to_str() {
-            Some(path) if path.starts_with('/') => Ok(format!("{HOST_PATH}{path}")),
+            Some(path) if path.starts_with('/') => Ok(SharedVolume {
+                path: format!("{HOST_PATH}{path}"),
+                partly_writable: false,
+            }),
             _ => Err(self.share_error(host_path, "it is not an absolute path in UTF-8")),
         }
     }

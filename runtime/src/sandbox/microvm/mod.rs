@@ -6,9 +6,11 @@
 //! * `<data>/pods/<short id>/scratch.img`: the disk of its writable layers ([`scratch`]);
 //! * a cgroup with the pod process ([`cgroup`]).
 
+mod namespace;
 mod scratch;
 mod share;
 mod start;
+mod tree;
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -20,9 +22,9 @@ use tokio::sync::watch;
 use tonic::transport::Channel;
 
 use super::agent::Address;
-use super::pod::dir::{self, PodDir};
+use super::pod::dir::PodDir;
 use super::pod::{PodConfig, PodProcess};
-use super::{Log, Sandbox, SandboxError, StreamKind};
+use super::{Log, Sandbox, SandboxError, SharedVolume, StreamKind, VolumeOptions};
 use crate::timings::Timings;
 use share::Share;
 
@@ -129,9 +131,9 @@ impl Sandbox for MicroVm {
         &self,
         container_id: &str,
         host_path: &Path,
-        read_only: bool,
-    ) -> Result<String, SandboxError> {
-        self.share.volume(container_id, host_path, read_only).await
+        options: VolumeOptions,
+    ) -> Result<SharedVolume, SandboxError> {
+        self.share.volume(container_id, host_path, options).await
     }
 
     async fn forget(&self, container_id: &str) -> Result<(), SandboxError> {

@@ -122,7 +122,7 @@ impl PodDir {
         self.state.join("share.host")
     }
 
-    /// The share: a read-only view of [`PodDir::share_source`] with the pod's volumes mounted in it.
+    /// The share: a read-only view of [`PodDir::share_source`]. The pod's volumes are mounted in the pod process's alone.
     pub fn share(&self) -> PathBuf {
         self.state.join("share")
     }
@@ -186,12 +186,19 @@ fn tail(path: &Path) -> io::Result<String> {
 
 /// A mount point at or below `path`, if there is one.
 pub fn mounted_below(path: &Path) -> io::Result<Option<PathBuf>> {
+    Ok(mount_points()?
+        .into_iter()
+        .find(|mount| mount.starts_with(path)))
+}
+
+/// All mount points of the host.
+pub fn mount_points() -> io::Result<Vec<PathBuf>> {
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
     Ok(mounts
         .lines()
         .filter_map(|line| line.split(' ').nth(4))
         .map(|field| PathBuf::from(unescape(field)))
-        .find(|mount| mount.starts_with(path)))
+        .collect())
 }
 
 /// Undoes the octal escapes of /proc/self/mountinfo (proc(5)).

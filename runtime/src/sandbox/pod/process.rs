@@ -102,7 +102,8 @@ pub async fn end(dir: &PodDir) -> io::Result<()> {
     ))
 }
 
-fn note_pid(dir: &PodDir, pid: u32) -> io::Result<()> {
+/// Notes which process is the pod's, for [`find`].
+pub fn note_pid(dir: &PodDir, pid: u32) -> io::Result<()> {
     let started = start_time(pid).ok_or_else(|| io::Error::other("it ended at once"))?;
     let new = dir.pid().with_extension("new");
     fs::write(&new, format!("{pid} {started}\n"))?;

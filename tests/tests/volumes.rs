@@ -1,0 +1,279 @@
+//! Volumes with mounts of their own, and volumes that are images.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use caisson_proto::cri;
+use caisson_tests::{Container, ContainerOptions, IMAGE, Node, NodeOptions, PodOptions, Traces};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use sha2::{Digest, Sha256};
+use tonic::Code;
+
+/// An image of two layers, which have only data.
+const DATA: &str = "docker.io/library/data:test";
+const SLEEP: &str = "trap 'exit 0' TERM; sleep 100000 & wait";
+
+/// A tmpfs on the host that is shared with whoever copies it; unmounted when it is dropped.
+struct Tmpfs(PathBuf);
+
+impl Tmpfs {
+    fn on(path: PathBuf) -> Self {
+        fs::create_dir_all(&path).unwrap();
+        let none = None::<&str>;
+        mount(none, &path, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+        mount(none, &path, none, MsFlags::MS_SHARED, none).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
+}
+
+fn of_host(path: &Path, container: &str) -> cri::Mount {
+    cri::Mount {
+        host_path: path.display().to_string(),
+        container_path: container.to_owned(),
+        ..cri::Mount::default()
+    }
+}
+
+async fn refused(node: &Node, container: &Container, script: &str) {
+    let (code, _, error) = node.exec(container, script, 30).await.unwrap();
+    assert_ne!(code, 0, "{script}");
+    assert!(error.contains("Read-only file system"), "{script}: {error}");
+}
+
+// must-test: a read-only mount written through another path
+#[tokio::test(flavor = "multi_thread")]
+async fn mounts_below_volumes_keep_their_access_and_stay_free() {
+    let Some(mut node) = Node::start().await else {
+        return;
+    };
+    let volume = Tmpfs::on(node.dir().join("volume"));
+    let below = Tmpfs::on(volume.0.join("below"));
+    let pod = node.pod("below").await;
+    let read_only = cri::Mount {
+        readonly: true,
+        ..of_host(&volume.0, "/plain")
+    };
+    let recursive = cri::Mount {
+        recursive_read_only: true,
+        container_path: "/all".into(),
+        ..read_only.clone()
+    };
+    let following = cri::Mount {
+        propagation: cri::MountPropagation::PropagationHostToContainer.into(),
+        ..of_host(&volume.0, "/following")
+    };
+    let options = ContainerOptions {
+        mounts: vec![read_only, recursive, following],
+        ..ContainerOptions::default()
+    };
+    let first = node.run_with(&pod, "first", SLEEP, options.clone()).await;
+    node.says(&first, "echo written > /plain/below/file").await;
+    assert_eq!(node.says(&first, "cat /all/below/file").await, "written");
+    refused(&node, &first, "echo x > /plain/file").await;
+    refused(&node, &first, "echo x > /all/file").await;
+    refused(&node, &first, "echo x > /all/below/file").await;
+
+    // A mount of the host appears where it was asked for, and goes.
+    let late = Tmpfs::on(volume.0.join("late"));
+    fs::write(late.0.join("file"), "late").unwrap();
+    assert_eq!(node.says(&first, "cat /following/late/file").await, "late");
+    assert_eq!(node.says(&first, "ls -A /all/late").await, "");
+    drop(late);
+    let begun = Instant::now();
+    while !node.says(&first, "ls -A /following/late").await.is_empty() {
+        assert!(begun.elapsed() < Duration::from_secs(30), "it stays");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    fs::remove_dir(volume.0.join("late")).unwrap();
+
+    // A daemon that comes later takes up the pod with its mounts.
+    node.restart().await;
+    assert_eq!(node.says(&first, "cat /plain/below/file").await, "written");
+    let second = node.run_with(&pod, "second", SLEEP, options).await;
+    assert_eq!(node.says(&second, "cat /all/below/file").await, "written");
+    let of_pods = Traces::now().mounts_below(&node.state().join("pods"));
+    assert_eq!(of_pods.len(), 1, "the host has mounts of pods: {of_pods:?}");
+
+    // What the pod has is not busy for the host.
+    let path = below.0.clone();
+    drop(below);
+    fs::remove_dir(&path).unwrap();
+    let path = volume.0.clone();
+    drop(volume);
+    fs::remove_dir(&path).unwrap();
+    node.remove(&pod).await;
+    node.assert_nothing_left().await;
+}
+
+/// Makes an archive of [`DATA`].
+fn data_archive(node: &Node) -> PathBuf {
+    let dir = node.dir().join("image");
+    fs::create_dir_all(dir.join("archive")).unwrap();
+    let write = |path: &str, text: &str| {
+        let path = dir.join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    };
+    write("1/data/kept", "kept");
+    write("1/data/replaced", "lower");
+    std::os::unix::fs::symlink("/data/sub", dir.join("1/link")).unwrap();
+    std::os::unix::fs::symlink("../../../etc", dir.join("1/out")).unwrap();
+    write("2/data/replaced", "upper");
+    write("2/data/sub/file", "deep");
+    let tar = |archive: &str, from: &str| {
+        let status = Command::new("tar")
+            .args(["-C", from, "-cf", archive, "."])
+            .current_dir(&dir)
+            .status();
+        assert!(status.unwrap().success(), "tar {archive}");
+    };
+    let ids = ["1", "2"].map(|layer| {
+        tar(&format!("archive/{layer}.tar"), layer);
+        let bytes = fs::read(dir.join(format!("archive/{layer}.tar"))).unwrap();
+        let digest = Sha256::digest(bytes);
+        let hex: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        format!("sha256:{hex}")
+    });
+    let config = serde_json::json!({
+        "architecture": "amd64", "os": "linux", "config": {},
+        "rootfs": { "type": "layers", "diff_ids": ids },
+    });
+    let manifest = serde_json::json!([{
+        "Config": "config.json", "RepoTags": [DATA], "Layers": ["1.tar", "2.tar"],
+    }]);
+    write("archive/config.json", &config.to_string());
+    write("archive/manifest.json", &manifest.to_string());
+    tar("../image.tar", "archive");
+    node.dir().join("image.tar")
+}
+
+fn of_image(image: &str, sub_path: &str, container: &str) -> cri::Mount {
+    cri::Mount {
+        container_path: container.to_owned(),
+        readonly: true,
+        image: Some(cri::ImageSpec {
+            image: image.to_owned(),
+            ..cri::ImageSpec::default()
+        }),
+        image_sub_path: sub_path.to_owned(),
+        ..cri::Mount::default()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn images_are_volumes() {
+    let options = NodeOptions {
+        allow_host: true,
+        ..NodeOptions::default()
+    };
+    let Some(node) = Node::start_with(options).await else {
+        return;
+    };
+    let archive = data_archive(&node);
+    for handler in ["microvm", "host"] {
+        let loaded = node.caisson(&["load", "--name", DATA, &archive.to_string_lossy()]);
+        assert!(loaded.status.success(), "{loaded:?}");
+        have_images_as_volumes(&node, handler).await;
+    }
+    node.assert_nothing_left().await;
+}
+
+async fn have_images_as_volumes(node: &Node, handler: &str) {
+    let options = PodOptions {
+        handler: handler.to_owned(),
+        ..PodOptions::default()
+    };
+    let pod = node.pod_with(handler, options).await.unwrap();
+    let with = |mounts| ContainerOptions {
+        mounts,
+        ..ContainerOptions::default()
+    };
+    let container = node
+        .run_with(
+            &pod,
+            "c",
+            SLEEP,
+            with(vec![
+                of_image(DATA, "", "/whole"),
+                of_image(DATA, "data/sub", "/sub"),
+                of_image(DATA, "data/sub/file", "/file"),
+                of_image(DATA, "link", "/linked"),
+                of_image(IMAGE, "", "/box"),
+            ]),
+        )
+        .await;
+    assert_eq!(
+        node.says(&container, "cd /whole/data; cat kept replaced sub/file")
+            .await,
+        "keptupperdeep"
+    );
+    for path in ["/sub/file", "/file", "/linked/file"] {
+        assert_eq!(node.says(&container, &format!("cat {path}")).await, "deep");
+    }
+    // A program of an image volume runs.
+    assert_eq!(
+        node.says(&container, "/box/bin/busybox echo it runs").await,
+        "it runs"
+    );
+    for script in [
+        "echo x > /whole/new",
+        "rm /sub/file",
+        "echo x > /file",
+        "rm /box/bin/sh",
+    ] {
+        refused(node, &container, script).await;
+    }
+    let status = node.status(&container).await;
+    for mount in &status.mounts {
+        let image = mount.image.as_ref().unwrap();
+        assert!(image.image_ref.starts_with("sha256:"), "{image:?}");
+    }
+
+    // An image that is removed while it is in use keeps its layers.
+    let remove = cri::RemoveImageRequest {
+        image: status.mounts[0].image.clone(),
+    };
+    node.images.clone().remove_image(remove).await.unwrap();
+    let layers = || {
+        fs::read_dir(node.root().join("images/layers"))
+            .unwrap()
+            .count()
+    };
+    assert_eq!(layers(), 3);
+    assert_eq!(node.says(&container, "cat /whole/data/kept").await, "kept");
+
+    let writable = cri::Mount {
+        readonly: false,
+        ..of_image(IMAGE, "", "/x")
+    };
+    for (mount, code, part) in [
+        (of_image(DATA, "", "/x"), Code::NotFound, DATA),
+        (writable, Code::InvalidArgument, "readonly"),
+        (
+            of_image(IMAGE, "no/such", "/x"),
+            Code::InvalidArgument,
+            "no/such",
+        ),
+        (
+            of_image(IMAGE, "../etc", "/x"),
+            Code::InvalidArgument,
+            "image_sub_path",
+        ),
+    ] {
+        let error = node
+            .create(&pod, "r", SLEEP, with(vec![mount]))
+            .await
+            .unwrap_err();
+        assert_eq!(error.code(), code, "{error}");
+        assert!(error.message().contains(part), "{error}");
+    }
+    node.remove(&pod).await;
+}
