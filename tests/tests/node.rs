@@ -201,7 +201,10 @@ async fn lists_and_stats_know_the_containers() {
         .await
         .unwrap_err();
     assert_eq!(error.code(), tonic::Code::OutOfRange);
-    assert!(error.message().contains("192 MiB and cannot grow to"), "{error}");
+    assert!(
+        error.message().contains("192 MiB and cannot grow to"),
+        "{error}"
+    );
     node.remove(&pod).await;
     node.remove(&other).await;
     node.assert_nothing_left().await;
