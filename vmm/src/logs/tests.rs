@@ -77,12 +77,17 @@ impl Pod {
         } else {
             &["stdout", "stderr"]
         };
+        // Each stream has a thread of its own, so that they come in any order.
+        let mut opened: Vec<_> = names
+            .iter()
+            .map(|_| self.streams.recv_timeout(LONG).unwrap())
+            .collect();
         names
             .iter()
             .map(|name| {
-                let stream = self.streams.recv_timeout(LONG).unwrap();
-                assert_eq!(stream.line, format!("STREAM {id} - {name}\n"));
-                stream.socket
+                let line = format!("STREAM {id} - {name}\n");
+                let at = opened.iter().position(|stream| stream.line == line);
+                opened.remove(at.unwrap()).socket
             })
             .collect()
     }
