@@ -122,7 +122,9 @@ impl From<SandboxError> for CriError {
             SandboxError::Ended { .. } => Code::FailedPrecondition,
             SandboxError::Share { .. } => Code::InvalidArgument,
             SandboxError::Dial { .. } => Code::Unavailable,
-            SandboxError::Start { .. } | SandboxError::Control { .. } => Code::Internal,
+            SandboxError::Start { .. }
+            | SandboxError::Reset { .. }
+            | SandboxError::Control { .. } => Code::Internal,
         };
         Self::new(code, error.to_string())
     }

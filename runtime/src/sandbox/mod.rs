@@ -130,6 +130,14 @@ pub enum SandboxError {
         /// Why it did not work.
         cause: String,
     },
+    /// The guest reset itself before its agent had answered.
+    #[error("the guest of pod {id} does not boot: {cause}")]
+    Reset {
+        /// The pod's ID.
+        id: String,
+        /// What is known of it.
+        cause: String,
+    },
     /// The sandbox has ended.
     #[error("the sandbox of pod {id} has ended: {reason}")]
     Ended {

@@ -10,8 +10,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use caisson_proto::agent as proto;
 use caisson_vmm_protocol::{
-    DiskConfig, JailConfig, NetConfig, PROTOCOL_VERSION, Reply, Request, ShareConfig, VmConfig,
-    VsockConfig,
+    DiskConfig, ExitReason, JailConfig, NetConfig, PROTOCOL_VERSION, Reply, Request, ShareConfig,
+    VmConfig, VsockConfig,
 };
 
 use super::share::{GUEST_PATH, Share};
@@ -36,8 +36,8 @@ const ENTROPY: usize = 64;
 /// How long the agent may take to set up the sandbox.
 const SETUP_TIMEOUT: Duration = Duration::from_secs(60);
 /// The kernel command line: serial console, no time spent on probing what a guest does not have, and a panic
-/// ends the machine.
-const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=t \
+/// ends the machine. What fails before there is a console is told all the same.
+const CMDLINE: &str = "console=ttyS0 earlyprintk=ttyS0,115200 quiet panic=-1 reboot=t \
                        tsc=reliable no_timer_check random.trust_cpu=on cryptomgr.notests pci=off";
 
 impl MicroVm {
@@ -45,11 +45,27 @@ impl MicroVm {
     /// set up the sandbox. The steps depend on each other in this order: the machine is built from descriptors of
     /// what the first ones made, and the agent answers only in a running guest.
     ///
-    /// If a step fails everything is taken back, the plan's network excepted, which is the caller's.
+    /// If a step fails everything is taken back, the plan's network excepted, which is the caller's. A guest that
+    /// resets itself before its agent has answered has done nothing yet, so it is booted once more, and the log says so.
     ///
     /// # Errors
-    /// [`SandboxError::Start`] with the step that failed and why.
+    /// [`SandboxError::Start`] with the step that failed and why; [`SandboxError::Reset`] for a guest that resets
+    /// itself each time.
     pub async fn start(
+        plan: &SandboxPlan,
+        config: &MicroVmConfig,
+        timings: Timings,
+    ) -> Result<Self, SandboxError> {
+        match Self::start_once(plan, config, timings.clone()).await {
+            Err(error @ SandboxError::Reset { .. }) => {
+                tracing::warn!(%error, "booting the guest once more");
+                Self::start_once(plan, config, timings).await
+            }
+            other => other,
+        }
+    }
+
+    async fn start_once(
         plan: &SandboxPlan,
         config: &MicroVmConfig,
         timings: Timings,
@@ -83,7 +99,13 @@ impl MicroVm {
                     wait_for_agent(&vm.pod.control, &dir, config.start_timeout),
                 )
                 .await
-                .map_err(error("boot the guest"))?;
+                .map_err(|cause| match cause.kind() {
+                    io::ErrorKind::ConnectionReset => SandboxError::Reset {
+                        id: plan.id.clone(),
+                        cause: cause.to_string(),
+                    },
+                    _ => error("boot the guest")(cause),
+                })?;
             timings
                 .step("set up sandbox in guest", set_up(&vm, plan))
                 .await
@@ -257,18 +279,25 @@ async fn wait_for_agent(control: &Control, dir: &PodDir, limit: Duration) -> io:
     if control.agent_ready(limit).await {
         return Ok(());
     }
-    let why = match control.ended().borrow().as_ref() {
-        Some(reason) => control::sentence(reason),
-        None => format!("its agent did not answer within {} s", limit.as_secs()),
+    let (kind, why) = match control.ended().borrow().as_ref() {
+        Some(reason @ ExitReason::Reset) => {
+            (io::ErrorKind::ConnectionReset, control::sentence(reason))
+        }
+        Some(reason) => (io::ErrorKind::Other, control::sentence(reason)),
+        None => (
+            io::ErrorKind::TimedOut,
+            format!("its agent did not answer within {} s", limit.as_secs()),
+        ),
     };
     let console = dir.console_tail();
     let lines: Vec<_> = console.trim().lines().rev().take(5).collect();
     let last: Vec<_> = lines.into_iter().rev().map(str::trim).collect();
-    Err(io::Error::other(if last.is_empty() {
+    let said = if last.is_empty() {
         format!("{why}, and its console is empty")
     } else {
         format!("{why}; its console ends with: {}", last.join(" / "))
-    }))
+    };
+    Err(io::Error::new(kind, said))
 }
 
 async fn set_up(vm: &MicroVm, plan: &SandboxPlan) -> io::Result<()> {
