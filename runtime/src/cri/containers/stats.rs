@@ -28,12 +28,9 @@ pub async fn pod(context: &Arc<Context>, pod: &Arc<Pod>) -> Result<cri::PodSandb
     let used = sandbox
         .memory_total_bytes
         .saturating_sub(sandbox.memory_available_bytes);
-    let interfaces: Vec<_> = sandbox
-        .interfaces
-        .iter()
-        .take(MAX_INTERFACES)
-        .map(|interface| cri::NetworkInterfaceUsage {
-            name: interface.name.chars().take(16).collect(),
+    let interfaces: Vec<_> = interfaces(&sandbox.interfaces)
+        .map(|(name, interface)| cri::NetworkInterfaceUsage {
+            name,
             rx_bytes: value(interface.rx_bytes),
             rx_errors: value(interface.rx_errors),
             tx_bytes: value(interface.tx_bytes),
@@ -223,6 +220,15 @@ fn convert(container: &Container, stats: &agent::ContainerStats) -> cri::Contain
             psi: stats.io_pressure.as_ref().map(psi),
         }),
     }
+}
+
+/// The network interfaces that a guest told of, each with its name, within bounds.
+pub fn interfaces(
+    told: &[agent::InterfaceStats],
+) -> impl Iterator<Item = (String, &agent::InterfaceStats)> {
+    told.iter()
+        .take(MAX_INTERFACES)
+        .map(|interface| (interface.name.chars().take(16).collect(), interface))
 }
 
 fn psi(pressure: &agent::Pressure) -> cri::PsiStats {

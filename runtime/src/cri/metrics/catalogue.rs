@@ -3,13 +3,12 @@
 use caisson_proto::{agent, cri};
 use cri::MetricType::{self, Counter, Gauge};
 
+use super::super::containers::stats;
 use super::{Sample, Values};
 
 /// Nanoseconds. CRI's metrics are whole numbers, so that times are whole seconds.
 const SECOND: u64 = 1_000_000_000;
 const SECOND_US: u64 = 1_000_000;
-/// The most interfaces that a guest may name.
-const MAX_INTERFACES: usize = 64;
 /// The name of the pod's writable disk in labels.
 const DISK: &str = "scratch";
 
@@ -200,11 +199,7 @@ fn reservation(sample: &Sample) -> u64 {
 }
 
 fn each(interfaces: &[agent::InterfaceStats], read: fn(&agent::InterfaceStats) -> u64) -> Values {
-    let known = interfaces.iter().take(MAX_INTERFACES);
-    known
-        .map(|interface| {
-            let name = interface.name.chars().take(16).collect();
-            (vec![name], read(interface))
-        })
+    stats::interfaces(interfaces)
+        .map(|(name, interface)| (vec![name], read(interface)))
         .collect()
 }
