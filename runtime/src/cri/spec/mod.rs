@@ -144,6 +144,10 @@ pub(super) mod tests {
     }
 
     pub fn built(config: &cri::ContainerConfig) -> Result<Value, CriError> {
+        built_in(config, None)
+    }
+
+    fn built_in(config: &cri::ContainerConfig, host: Option<&HostPod>) -> Result<Value, CriError> {
         build(&Input {
             config,
             image: &ImageDefaults::default(),
@@ -152,7 +156,7 @@ pub(super) mod tests {
             target_pid: None,
             volumes: &[],
             seccomp_profile: None,
-            host: None,
+            host,
         })
     }
 
@@ -177,18 +181,7 @@ pub(super) mod tests {
             apparmor: "p".into(),
             ..HostPod::default()
         };
-        let on_host = |config: &cri::ContainerConfig| {
-            build(&Input {
-                config,
-                image: &ImageDefaults::default(),
-                hostname: "web",
-                shared_pid: true,
-                target_pid: None,
-                volumes: &[],
-                seccomp_profile: None,
-                host: Some(&host),
-            })
-        };
+        let on_host = |config: &cri::ContainerConfig| built_in(config, Some(&host));
         let all = [
             built(&config()),
             built(&confined()),
