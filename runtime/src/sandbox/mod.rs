@@ -8,6 +8,7 @@ pub mod host;
 pub mod microvm;
 pub mod pod;
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
@@ -16,6 +17,7 @@ use caisson_vmm_protocol::ExitReason;
 use tokio::sync::watch;
 use tonic::transport::Channel;
 
+use self::pod::PodProcess;
 use crate::network::PodNetwork;
 use crate::timings::Timings;
 
@@ -178,17 +180,46 @@ pub enum SandboxError {
     },
 }
 
+impl SandboxError {
+    /// What a failure at this step of a pod's start becomes.
+    fn at(id: &str, step: &'static str) -> impl Fn(io::Error) -> Self {
+        move |cause| Self::Start {
+            id: id.to_owned(),
+            step,
+            cause: cause.to_string(),
+        }
+    }
+}
+
+/// Takes back a start that failed. `found` finds the pod by what is on disk, as after a crash of the daemon at the same
+/// point.
+async fn take_back<S: Sandbox>(id: &str, found: impl Future<Output = Result<S, SandboxError>>) {
+    let undone = async { found.await?.remove().await };
+    if let Err(error) = undone.await {
+        tracing::warn!(pod = id, %error, "the half-made pod could not be removed");
+    }
+}
+
 /// A pod's sandbox. Every call is bounded in time; none holds a lock over I/O to the guest.
 #[tonic::async_trait]
 pub trait Sandbox: Send + Sync {
+    /// The pod's process on the host, by which everything is done that does not depend on the kind.
+    fn pod(&self) -> &PodProcess;
+
     /// A client of the agent inside. Cheap to call; the connection is shared and made again when it breaks.
-    fn agent(&self) -> AgentClient<Channel>;
+    fn agent(&self) -> AgentClient<Channel> {
+        self.pod().agent()
+    }
 
     /// `None` while the sandbox runs, then why it ended.
-    fn ended(&self) -> watch::Receiver<Option<ExitReason>>;
+    fn ended(&self) -> watch::Receiver<Option<ExitReason>> {
+        self.pod().ended()
+    }
 
     /// The process ID of the pod process on the host.
-    fn host_pid(&self) -> Option<u32>;
+    fn host_pid(&self) -> Option<u32> {
+        self.pod().pid()
+    }
 
     /// Opens a raw standard stream of a container's process (`exec_id` empty) or of an exec.
     async fn stream(
@@ -196,16 +227,24 @@ pub trait Sandbox: Send + Sync {
         container_id: &str,
         exec_id: &str,
         kind: StreamKind,
-    ) -> Result<tokio::net::UnixStream, SandboxError>;
+    ) -> Result<tokio::net::UnixStream, SandboxError> {
+        self.pod().stream(container_id, exec_id, kind).await
+    }
 
     /// Connects to a port on the pod's loopback device; half-closes pass both ways.
-    async fn dial(&self, port: u16) -> Result<tokio::net::UnixStream, SandboxError>;
+    async fn dial(&self, port: u16) -> Result<tokio::net::UnixStream, SandboxError> {
+        self.pod().dial(port).await
+    }
 
     /// Starts to write a container's log. Before the container is started, so that no byte is missed.
-    async fn add_log(&self, log: Log) -> Result<(), SandboxError>;
+    async fn add_log(&self, log: Log) -> Result<(), SandboxError> {
+        self.pod().add_log(log).await
+    }
 
     /// Goes on in another log file (CRI `ReopenContainerLog`).
-    async fn reopen_log(&self, container_id: &str, file: OwnedFd) -> Result<(), SandboxError>;
+    async fn reopen_log(&self, container_id: &str, file: OwnedFd) -> Result<(), SandboxError> {
+        self.pod().reopen_log(container_id, file).await
+    }
 
     /// Copies a container's output from now on.
     async fn attach(
@@ -213,14 +252,18 @@ pub trait Sandbox: Send + Sync {
         container_id: &str,
         stdout: Option<OwnedFd>,
         stderr: Option<OwnedFd>,
-    ) -> Result<(), SandboxError>;
+    ) -> Result<(), SandboxError> {
+        self.pod().attach(container_id, stdout, stderr).await
+    }
 
     /// Waits until the container's output is in its log to the last byte, at most `limit`. False if it is not.
-    async fn log_drained(&self, container_id: &str, limit: std::time::Duration) -> bool;
+    async fn log_drained(&self, container_id: &str, limit: std::time::Duration) -> bool {
+        self.pod().control.drained(container_id, limit).await
+    }
 
     /// Shows an image layer (an EROFS file of the host) to the agent, read-only; the path in the guest.
     /// The same layer given twice is shared.
-    async fn share_layer(&self, container_id: &str, layer: &Path) -> Result<String, SandboxError>;
+    async fn share_layer(&self, layer: &Path) -> Result<String, SandboxError>;
 
     /// Shows a file or directory of the host to the agent. The options also hold against a guest that ignores them.
     async fn share_volume(

@@ -215,9 +215,8 @@ async fn make(
     let shared = volumes::share(sandbox, &container.id, host_paths).await?;
     input.volumes = &shared;
     let spec = spec::build(&input)?;
-    let layers = share_layers(context, sandbox, &container.id, image).await?;
-    let image_volumes =
-        image_volumes::share(context, sandbox, &container.id, &config.mounts, volumes).await?;
+    let layers = share_layers(context, sandbox, image).await?;
+    let image_volumes = image_volumes::share(context, sandbox, &config.mounts, volumes).await?;
     let process = spec["process"].clone();
     let spec_json = serde_json::to_vec(&spec)
         .map_err(|error| CriError::internal(format!("cannot encode the spec: {error}")))?;
@@ -297,12 +296,11 @@ async fn apparmor_profile(
 pub(super) async fn share_layers(
     context: &Context,
     sandbox: &dyn Sandbox,
-    container_id: &str,
     image: &Image,
 ) -> Result<Vec<String>, CriError> {
     let mut layers = Vec::with_capacity(image.layers.len());
     for path in context.images.layer_paths(image) {
-        layers.push(sandbox.share_layer(container_id, &path).await?);
+        layers.push(sandbox.share_layer(&path).await?);
     }
     Ok(layers)
 }

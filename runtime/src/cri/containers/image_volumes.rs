@@ -84,14 +84,13 @@ fn check(mount: &cri::Mount) -> Result<(), CriError> {
 pub async fn share(
     context: &Context,
     sandbox: &dyn Sandbox,
-    container_id: &str,
     mounts: &[cri::Mount],
     images: &[Image],
 ) -> Result<Vec<agent::ImageVolume>, CriError> {
     let mut all = Vec::with_capacity(images.len());
     for (mount, image) in mounts.iter().filter(|mount| is_image(mount)).zip(images) {
         all.push(agent::ImageVolume {
-            layers: share_layers(context, sandbox, container_id, image).await?,
+            layers: share_layers(context, sandbox, image).await?,
             sub_path: mount.image_sub_path.clone(),
         });
     }

@@ -6,6 +6,7 @@ use caisson_proto::cri;
 use cri::MountPropagation;
 
 use super::super::CriError;
+use crate::sandbox::pod::dir;
 
 /// Checks that the mount on which `path` is passes on what happens to it.
 ///
@@ -55,7 +56,7 @@ fn around(mountinfo: &str, path: &Path) -> Option<(PathBuf, Kind)> {
     let mut found: Option<(PathBuf, Kind)> = None;
     for line in mountinfo.lines() {
         let mut fields = line.split(' ');
-        let Some(point) = fields.nth(4).map(|f| PathBuf::from(unescape(f))) else {
+        let Some(point) = fields.nth(4).map(|f| PathBuf::from(dir::unescape(f))) else {
             continue;
         };
         let longer = found
@@ -76,11 +77,6 @@ fn around(mountinfo: &str, path: &Path) -> Option<(PathBuf, Kind)> {
         found = Some((point, kind));
     }
     found
-}
-
-/// Undoes the octal escapes of a mount point.
-fn unescape(field: &str) -> String {
-    crate::sandbox::pod::dir::unescape(field)
 }
 
 #[cfg(test)]

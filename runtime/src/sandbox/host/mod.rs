@@ -11,19 +11,13 @@
 pub mod apparmor;
 mod start;
 
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-
-use caisson_proto::agent::agent_client::AgentClient;
-use caisson_vmm_protocol::ExitReason;
-use tokio::sync::watch;
-use tonic::transport::Channel;
 
 use super::agent::Address;
 use super::pod::dir::PodDir;
 use super::pod::{PodConfig, PodProcess, cgroup};
-use super::{Log, Sandbox, SandboxError, SharedVolume, StreamKind, VolumeOptions};
+use super::{Sandbox, SandboxError, SharedVolume, VolumeOptions};
 use crate::timings::Timings;
 
 /// Where a path of the host is for the agent: it takes it from the host's mounts when a container gets it.
@@ -93,54 +87,12 @@ impl Host {
 
 #[tonic::async_trait]
 impl Sandbox for Host {
-    fn agent(&self) -> AgentClient<Channel> {
-        self.pod.agent()
-    }
-
-    fn ended(&self) -> watch::Receiver<Option<ExitReason>> {
-        self.pod.ended()
-    }
-
-    fn host_pid(&self) -> Option<u32> {
-        self.pod.pid()
-    }
-
-    async fn stream(
-        &self,
-        container_id: &str,
-        exec_id: &str,
-        kind: StreamKind,
-    ) -> Result<tokio::net::UnixStream, SandboxError> {
-        self.pod.stream(container_id, exec_id, kind).await
-    }
-
-    async fn dial(&self, port: u16) -> Result<tokio::net::UnixStream, SandboxError> {
-        self.pod.dial(port).await
-    }
-
-    async fn add_log(&self, log: Log) -> Result<(), SandboxError> {
-        self.pod.add_log(log).await
-    }
-
-    async fn reopen_log(&self, container_id: &str, file: OwnedFd) -> Result<(), SandboxError> {
-        self.pod.reopen_log(container_id, file).await
-    }
-
-    async fn attach(
-        &self,
-        container_id: &str,
-        stdout: Option<OwnedFd>,
-        stderr: Option<OwnedFd>,
-    ) -> Result<(), SandboxError> {
-        self.pod.attach(container_id, stdout, stderr).await
-    }
-
-    async fn log_drained(&self, container_id: &str, limit: Duration) -> bool {
-        self.pod.control.drained(container_id, limit).await
+    fn pod(&self) -> &PodProcess {
+        &self.pod
     }
 
     /// The agent sees the directory of all layers, read-only.
-    async fn share_layer(&self, _container_id: &str, layer: &Path) -> Result<String, SandboxError> {
+    async fn share_layer(&self, layer: &Path) -> Result<String, SandboxError> {
         match (layer.parent(), layer.file_name().and_then(|n| n.to_str())) {
             (Some(parent), Some(name)) if parent == self.layers => {
                 Ok(format!("{LAYERS_PATH}/{name}"))

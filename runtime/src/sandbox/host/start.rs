@@ -20,7 +20,7 @@ use crate::sandbox::pod::cgroup::{self, Groups};
 use crate::sandbox::pod::control::{self, Control};
 use crate::sandbox::pod::dir::PodDir;
 use crate::sandbox::pod::{Fds, process};
-use crate::sandbox::{Sandbox, SandboxError, SandboxPlan, agent};
+use crate::sandbox::{Sandbox, SandboxError, SandboxPlan, agent, take_back};
 use crate::timings::Timings;
 
 /// How long the agent may take until it listens.
@@ -41,13 +41,7 @@ impl Host {
         config: &HostConfig,
         timings: Timings,
     ) -> Result<Self, SandboxError> {
-        let error = |step| {
-            move |cause: io::Error| SandboxError::Start {
-                id: plan.id.clone(),
-                step,
-                cause: cause.to_string(),
-            }
-        };
+        let error = |step| SandboxError::at(&plan.id, step);
         let dir = PodDir::new(&plan.id, &config.pod)?;
         let result = async {
             timings
@@ -67,19 +61,9 @@ impl Host {
         }
         .await;
         if result.is_err() {
-            Self::undo(plan, config).await;
+            take_back(&plan.id, Self::recover(&plan.id, config)).await;
         }
         result
-    }
-
-    async fn undo(plan: &SandboxPlan, config: &HostConfig) {
-        let undone = async {
-            // Found by what is on disk, as after a crash of the daemon at the same point.
-            Self::recover(&plan.id, config).await?.remove().await
-        };
-        if let Err(error) = undone.await {
-            tracing::warn!(pod = plan.id, %error, "the half-made pod could not be removed");
-        }
     }
 }
 

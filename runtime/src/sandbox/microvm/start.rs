@@ -20,7 +20,7 @@ use crate::network::PodNetwork;
 use crate::sandbox::pod::control::{self, Control};
 use crate::sandbox::pod::dir::PodDir;
 use crate::sandbox::pod::{Fds, cgroup, process};
-use crate::sandbox::{Sandbox, SandboxError, SandboxPlan, agent};
+use crate::sandbox::{Sandbox, SandboxError, SandboxPlan, agent, take_back};
 use crate::timings::Timings;
 
 /// The tag of the virtio-fs share.
@@ -70,13 +70,7 @@ impl MicroVm {
         config: &MicroVmConfig,
         timings: Timings,
     ) -> Result<Self, SandboxError> {
-        let error = |step| {
-            move |cause: io::Error| SandboxError::Start {
-                id: plan.id.clone(),
-                step,
-                cause: cause.to_string(),
-            }
-        };
+        let error = |step| SandboxError::at(&plan.id, step);
         let dir = PodDir::new(&plan.id, &config.pod)?;
         let share = Share::new(&plan.id, &dir);
         let result = async {
@@ -115,19 +109,9 @@ impl MicroVm {
         }
         .await;
         if result.is_err() {
-            Self::undo(plan, config).await;
+            take_back(&plan.id, Self::recover(&plan.id, config)).await;
         }
         result
-    }
-
-    async fn undo(plan: &SandboxPlan, config: &MicroVmConfig) {
-        let undone = async {
-            // Found by what is on disk, as after a crash of the daemon at the same point.
-            Self::recover(&plan.id, config).await?.remove().await
-        };
-        if let Err(error) = undone.await {
-            tracing::warn!(pod = plan.id, %error, "the half-made pod could not be removed");
-        }
     }
 
     /// Adds the pod process's own steps to the pod's.
