@@ -163,21 +163,18 @@ pub fn namespaces(
                     "a container in a microVM cannot have the node's {name} namespace; use a handler of kind `host`"
                 )));
             }
-            // The agent is in the pod's namespaces, and cannot leave them for one container.
-            Some(pods) if (mode == node) != (pods == node) && name != "pid" => {
-                return Err(CriError::invalid(format!(
-                    "the container and its pod do not agree on the node's {name} namespace; ask for NODE in both or in neither"
-                )));
-            }
             Some(pods) if mode == node && pods != node => {
-                return Err(CriError::invalid(
-                    "the container asks for the node's pid namespace and its pod does not; ask for NODE in both",
-                ));
+                return Err(CriError::invalid(format!(
+                    "the container asks for the node's {name} namespace and its pod does not; ask for NODE in both"
+                )));
             }
             _ => {}
         }
     }
+    let pod_has_nodes = of_pod.is_some_and(|o| o.pid() == NamespaceMode::Node);
     match options.pid() {
+        // POD is what the pod has, be it the node's.
+        NamespaceMode::Pod if pod_has_nodes => {}
         NamespaceMode::Pod if shared_pid => {
             all.push(json!({ "type": "pid", "path": SHARED_PID }));
         }
@@ -362,7 +359,9 @@ mod tests {
     fn namespaces_of_the_node_go_with_a_pod_that_has_them() {
         let of = |container: NamespaceMode, pod: NamespaceMode| {
             let option = |mode: NamespaceMode| cri::NamespaceOption {
+                network: mode as i32,
                 pid: mode as i32,
+                ipc: mode as i32,
                 ..Default::default()
             };
             let security = cri::LinuxContainerSecurityContext {
@@ -376,10 +375,11 @@ mod tests {
             namespaces(&security, pod == NamespaceMode::Pod, None, Some(&host))
         };
         let node = of(NamespaceMode::Node, NamespaceMode::Node).unwrap();
-        assert!(!node.iter().any(|n| n["type"] == "pid"), "{node:?}");
-        assert!(of(NamespaceMode::Node, NamespaceMode::Pod).is_err());
-        let own = of(NamespaceMode::Container, NamespaceMode::Node).unwrap();
-        assert!(own.contains(&json!({ "type": "pid" })));
+        let pods = of(NamespaceMode::Pod, NamespaceMode::Node).unwrap();
+        assert_eq!(pods, node, "what the pod has is the node's");
+        assert_eq!(node.len(), 2, "a mount and a cgroup namespace: {node:?}");
+        let error = of(NamespaceMode::Node, NamespaceMode::Pod).unwrap_err();
+        assert!(error.message.contains("network"), "{error}");
     }
 
     #[test]
