@@ -20,7 +20,7 @@ pub mod spec;
 
 use std::sync::Arc;
 
-pub use error::{CriError, not_executed};
+pub use error::CriError;
 
 use crate::config::Config;
 use crate::doctor::KvmProbe;
