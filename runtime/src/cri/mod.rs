@@ -8,6 +8,7 @@ pub mod alpha;
 mod conditions;
 pub mod containers;
 mod error;
+mod events;
 mod filters;
 mod guest;
 pub mod image_service;

@@ -59,8 +59,7 @@ pub async fn create(
         Ok(()) => {
             context.registry.emit(
                 cri::ContainerEventType::ContainerCreatedEvent,
-                &container.id,
-                &pod.id,
+                &container,
             );
             Ok(container.id.clone())
         }
@@ -100,7 +99,8 @@ fn record(
         .ok_or_else(|| {
             CriError::invalid("the container configuration has no metadata with a name")
         })?;
-    let pod_config = pod.record().config.0;
+    let pod_record = pod.record();
+    let pod_config = &pod_record.config.0;
     let of = pod_config.metadata.clone().unwrap_or_default();
     let log_path = log_path(&pod_config.log_directory, &config.log_path)?;
     let stop_signal = match signal::from_cri(config.stop_signal) {
@@ -186,8 +186,8 @@ async fn make(
     image: &Image,
     volumes: &[Image],
 ) -> Result<(), CriError> {
-    let config = container.record().config.0;
-    let pod_config = pod.record().config.0;
+    let (record, pod_record) = (container.record(), pod.record());
+    let (config, pod_config) = (&record.config.0, &pod_record.config.0);
     let security = config
         .linux
         .as_ref()
@@ -195,15 +195,15 @@ async fn make(
         .unwrap_or_default();
 
     // Everything that can be refused without the guest is refused before the guest is touched.
-    let host = match pod.record().kind {
-        HandlerKind::Host => Some(host_pod(&config, &security, &pod_config).await?),
+    let host = match pod_record.kind {
+        HandlerKind::Host => Some(host_pod(config, &security, pod_config).await?),
         HandlerKind::MicroVm => None,
     };
     let mut input = spec::Input {
-        config: &config,
+        config,
         image: &image_defaults(image),
-        hostname: &pods::hostname(&pod_config, &pod.id),
-        shared_pid: pods::shares_pid(&pod_config),
+        hostname: &pods::hostname(pod_config, &pod.id),
+        shared_pid: pods::shares_pid(pod_config),
         target_pid: target_pid(context, &security, pod)?,
         volumes: &[],
         seccomp_profile: seccomp_profile(&security).await?,
