@@ -138,7 +138,7 @@ mod tests {
     #[test]
     fn a_program_that_cannot_be_executed_is_told_on() {
         let mut status = Status::internal("cannot execute /x: No such file");
-        let of = |status| CriError::from_agent("start container c", status);
+        let of = |status: &Status| CriError::from_agent("start container c", status);
         assert_eq!(of(&status).unexecutable, None);
         Unexecutable::Missing.add_to(&mut status);
         let told = Status::from(of(&status));
