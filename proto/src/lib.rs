@@ -3,8 +3,13 @@
 //! * [`cri`]: the Kubernetes Container Runtime Interface, package `runtime.v1`, as of Kubernetes 1.36.
 //! * [`agent`]: what the daemon says to the agent in the guest, over vsock.
 //! * [`cli`]: what the `caisson` command needs beyond CRI, on the daemon's same socket.
+//! * [`Unexecutable`]: what a status tells of a program that cannot be executed.
 //!
 //! The meaning of each message is in the `.proto` files under `proto/proto`.
+
+mod unexecutable;
+
+pub use unexecutable::Unexecutable;
 
 /// CRI `runtime.v1`: the interface that kubelet and crictl speak.
 #[allow(missing_docs, clippy::all)]

@@ -96,7 +96,8 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
     let store = Store::open(&config.root.join("state.redb"))?;
     let images = Images::open(&config.root, image_config(&config))?;
     let address = config.streaming.address;
-    let streaming = caisson_streaming::Listener::bind(address).await;
+    let idle = Duration::from_secs(config.streaming.idle_timeout_seconds.into());
+    let streaming = caisson_streaming::Listener::bind(address, idle).await;
     let streaming = streaming.map_err(|cause| DaemonError::Streaming { address, cause })?;
     let context = Arc::new(Context {
         streaming: streaming.endpoint(),

@@ -13,7 +13,7 @@ pub mod streaming;
 
 pub use leaks::Traces;
 pub use logs::{Line, read_log};
-pub use node::{Node, NodeOptions};
+pub use node::{Node, NodeOptions, dial};
 pub use pods::{Container, ContainerOptions, Pod, PodOptions};
 
 /// The name of the image that every node has.

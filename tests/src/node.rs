@@ -159,6 +159,11 @@ impl Node {
         self.wait_until_serving().await;
     }
 
+    /// The daemon's socket.
+    pub fn socket(&self) -> PathBuf {
+        self.state.path().join("caisson.sock")
+    }
+
     /// The daemon's resident memory in bytes.
     pub fn daemon_memory(&self) -> u64 {
         let statm = fs::read_to_string(format!("/proc/{}/statm", self.daemon.id()));
@@ -250,14 +255,22 @@ fn build() -> PathBuf {
     named.expect("CAISSON_BUILD names the directory that scripts/build made")
 }
 
-/// A connection to the daemon, and the usual clients on it.
-fn clients(socket: &Path) -> Clients {
+/// A connection to a server of CRI on a unix socket, made with the first call. With a `window`, so many bytes of a
+/// stream are taken before they are read.
+pub fn dial(socket: &Path, window: Option<u32>) -> Channel {
     let path = socket.to_owned();
     let connector = tower::service_fn(move |_: tonic::codegen::http::Uri| {
         let path = path.clone();
         async move { UnixStream::connect(path).await.map(TokioIo::new) }
     });
-    let channel = Endpoint::from_static("http://caisson").connect_with_connector_lazy(connector);
+    Endpoint::from_static("http://localhost")
+        .initial_stream_window_size(window)
+        .connect_with_connector_lazy(connector)
+}
+
+/// A connection to the daemon, and the usual clients on it.
+fn clients(socket: &Path) -> Clients {
+    let channel = dial(socket, None);
     (
         RuntimeServiceClient::new(channel.clone()).max_decoding_message_size(64 << 20),
         ImageServiceClient::new(channel.clone()),

@@ -5,9 +5,10 @@ use caisson_streaming::client::dial;
 use caisson_streaming::spdy::{Connection, Headers, Stream};
 use caisson_streaming::status::Status;
 use caisson_streaming::{Input, Wants};
+use futures::stream::{SplitSink, SplitStream};
 use futures::{SinkExt, StreamExt};
 use tokio::net::TcpStream;
-use tokio_tungstenite::tungstenite::Message;
+pub use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::{WebSocketStream, client_async};
 
@@ -100,6 +101,11 @@ pub async fn all(input: &mut Input) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
+/// What a WebSocket client sends.
+pub type Sending = SplitSink<WebSocketStream<TcpStream>, Message>;
+/// What a WebSocket client gets.
+pub type Receiving = SplitStream<WebSocketStream<TcpStream>>;
+
 /// A client over WebSocket channels.
 pub struct Channels(WebSocketStream<TcpStream>);
 
@@ -117,6 +123,11 @@ impl Channels {
         let authority = request.uri().authority().unwrap().to_string();
         let stream = TcpStream::connect(authority).await.unwrap();
         Self(client_async(request, stream).await.unwrap().0)
+    }
+
+    /// Both directions apart: messages, each beginning with its channel.
+    pub fn split(self) -> (Sending, Receiving) {
+        self.0.split()
     }
 
     /// Sends a message on a channel.

@@ -8,8 +8,9 @@ use caisson_streaming::Wants;
 use caisson_streaming::client::{DialError, dial};
 use caisson_streaming::spdy::{Connection, Headers, Stream};
 use caisson_streaming::status::Status;
-use caisson_tests::streaming::{Channels, Spdy, V4, all};
+use caisson_tests::streaming::{Channels, Message, Spdy, V4, all};
 use caisson_tests::{Container, ContainerOptions, Node, Pod, read_log};
+use futures::{SinkExt, StreamExt};
 use tonic::Code;
 
 const SLEEP: &str = "trap 'exit 0' TERM; sleep 100000 & wait";
@@ -176,6 +177,62 @@ async fn exec_has_all_streams_over_both_transports() {
     node.assert_nothing_left().await;
 }
 
+/// Bytes without a pattern that go through an exec and come back, compared as they come.
+struct Noise {
+    /// Sent again and again.
+    bytes: Bytes,
+    times: usize,
+    received: usize,
+    /// The daemon's resident memory before.
+    before: u64,
+    /// The most that was seen of it meanwhile.
+    most: u64,
+}
+
+impl Noise {
+    /// As many mebibytes as `CAISSON_STREAM_MIB` says.
+    fn new(node: &Node) -> Self {
+        let asked = std::env::var("CAISSON_STREAM_MIB");
+        let times = asked.map_or(64, |text| {
+            text.parse().expect("CAISSON_STREAM_MIB is a number")
+        });
+        let bytes: Vec<u8> = (0..1_048_573u32) // a prime: no frame begins where another one did
+            .map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8)
+            .collect();
+        Self {
+            bytes: bytes.into(),
+            times,
+            received: 0,
+            before: node.daemon_memory(),
+            most: 0,
+        }
+    }
+
+    fn take(&mut self, node: &Node, bytes: &[u8]) {
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let from = self.received % self.bytes.len();
+            let same = rest.len().min(self.bytes.len() - from);
+            let expected = &self.bytes[from..from + same];
+            assert!(rest[..same] == *expected, "at {}", self.received);
+            (self.received, rest) = (self.received + same, &rest[same..]);
+        }
+        if self.received % (1 << 20) < bytes.len() {
+            self.most = self.most.max(node.daemon_memory());
+        }
+    }
+
+    fn assert_whole(&self, how: &str) {
+        let Self { before, most, .. } = self;
+        assert_eq!(self.received, self.times * self.bytes.len());
+        println!(
+            "{how}: {} bytes went both ways; the daemon had {before} bytes before, at most {most} meanwhile",
+            self.received
+        );
+        assert!(*most < before + (24 << 20), "{before} to {most}");
+    }
+}
+
 // must-test: `kubectl cp` and exec with standard input hang: large streams both ways.
 #[tokio::test(flavor = "multi_thread")]
 async fn much_goes_through_exec_and_the_daemon_does_not_grow() {
@@ -184,42 +241,54 @@ async fn much_goes_through_exec_and_the_daemon_does_not_grow() {
     };
     let pod = node.pod("much").await;
     let container = node.run(&pod, "c", SLEEP).await;
-    let before = node.daemon_memory();
+
     let url = exec_url(&node, &container, "exec cat", ALL).await.unwrap();
+    let mut noise = Noise::new(&node);
+    let (times, sent) = (noise.times, noise.bytes.clone());
     let client = Spdy::connect(&url, ALL).await;
     let (stdin, mut stdout) = (client.stdin.unwrap(), client.stdout.unwrap());
-    let megabytes = 64;
-    let noise: Vec<u8> = (0..1_048_573u32) // a prime: no frame begins where another one did
-        .map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8)
-        .collect();
-    let noise = Bytes::from(noise);
-    let sent = noise.clone();
     let send = async {
-        for _ in 0..megabytes {
+        for _ in 0..times {
             stdin.output.write(sent.clone()).await.unwrap();
         }
         stdin.output.finish().await;
     };
     let receive = async {
-        let (mut received, mut most) = (0, 0);
         while let Some(chunk) = stdout.input.next().await.unwrap() {
-            let mut rest = &chunk.bytes[..];
-            while !rest.is_empty() {
-                let from = received % noise.len();
-                let same = rest.len().min(noise.len() - from);
-                assert!(rest[..same] == noise[from..from + same], "at {received}");
-                (received, rest) = (received + same, &rest[same..]);
-            }
-            if received % (1 << 20) < chunk.bytes.len() {
-                most = most.max(node.daemon_memory());
+            noise.take(&node, &chunk.bytes);
+        }
+    };
+    tokio::join!(send, receive);
+    noise.assert_whole("SPDY");
+
+    let url = exec_url(&node, &container, "exec cat", ALL).await.unwrap();
+    let mut noise = Noise::new(&node);
+    let message = Bytes::from([&[0], &noise.bytes[..]].concat());
+    let client = Channels::connect(&url, "v5.channel.k8s.io").await;
+    let (mut sink, mut source) = client.split();
+    let send = async {
+        for _ in 0..times {
+            sink.send(Message::Binary(message.clone())).await.unwrap();
+        }
+        let end = Bytes::from_static(&[255, 0]);
+        sink.send(Message::Binary(end)).await.unwrap();
+    };
+    let receive = async {
+        let mut status = Vec::new();
+        while let Some(message) = source.next().await {
+            match message.unwrap() {
+                Message::Binary(bytes) if bytes[0] == 1 => noise.take(&node, &bytes[1..]),
+                Message::Binary(bytes) if bytes[0] == 3 => status.extend_from_slice(&bytes[1..]),
+                Message::Binary(bytes) => assert_eq!(bytes.len(), 1, "{bytes:?}"),
+                Message::Close(_) => {}
+                other => panic!("{other:?}"),
             }
         }
-        (received, most)
+        serde_json::from_slice::<Status>(&status).unwrap()
     };
-    let ((), (received, most)) = tokio::join!(send, receive);
-    assert_eq!(received, megabytes * noise.len());
-    println!("daemon: {before} bytes before, at most {most} while {received} bytes went both ways");
-    assert!(most < before + (24 << 20), "{before} to {most}");
+    let ((), status) = tokio::join!(send, receive);
+    assert_eq!(status.exit_code(), Some(0));
+    noise.assert_whole("WebSocket");
     node.remove(&pod).await;
 }
 

@@ -8,6 +8,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use caisson_proto::Unexecutable;
 use nix::cmsg_space;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
@@ -34,8 +35,13 @@ pub(crate) enum Message {
     Ready(Option<OwnedFd>),
     /// To the process: execute.
     Start,
-    /// To the agent: a sentence about what failed.
-    Failed(String),
+    /// To the agent: what failed.
+    Failed {
+        /// A sentence.
+        reason: String,
+        /// It was the program that cannot be executed.
+        unexecutable: Option<Unexecutable>,
+    },
 }
 
 /// One end.
@@ -75,9 +81,14 @@ impl Channel {
                 descriptor = terminal.as_ref().map(AsRawFd::as_raw_fd);
             }
             Message::Start => bytes.push(b'S'),
-            Message::Failed(reason) => {
+            Message::Failed {
+                reason,
+                unexecutable,
+            } => {
                 bytes.push(b'E');
-                bytes.extend(reason.bytes().take(MAX_MESSAGE - 1));
+                let word = unexecutable.map_or("", Unexecutable::as_str);
+                bytes.extend(word.bytes().chain([0]));
+                bytes.extend(reason.bytes().take(MAX_MESSAGE - bytes.len()));
             }
         }
         let descriptors: Vec<_> = descriptor.into_iter().collect();
@@ -138,7 +149,15 @@ impl Channel {
             b'C' => Message::Continue,
             b'R' => Message::Ready(descriptor),
             b'S' => Message::Start,
-            b'E' => Message::Failed(String::from_utf8_lossy(rest).into_owned()),
+            b'E' => {
+                let mut parts = rest.splitn(2, |byte| *byte == 0);
+                let word = parts.next().ok_or_else(unknown)?;
+                let reason = parts.next().ok_or_else(unknown)?;
+                Message::Failed {
+                    reason: String::from_utf8_lossy(reason).into_owned(),
+                    unexecutable: Unexecutable::from_word(word),
+                }
+            }
             _ => return Err(unknown()),
         }))
     }
@@ -178,19 +197,31 @@ mod tests {
     fn messages_arrive_whole_and_the_end_is_seen() {
         let (agent, process) = Channel::pair().unwrap();
         let soon = || Some(Instant::now() + Duration::from_secs(5));
-        process
-            .send(&Message::Failed("mount /data: no such device".into()))
-            .unwrap();
+        for unexecutable in [None, Some(Unexecutable::Missing)] {
+            process
+                .send(&Message::Failed {
+                    reason: "mount /data: no such device".into(),
+                    unexecutable,
+                })
+                .unwrap();
+        }
         process
             .send(&Message::Ready(Some(
                 std::fs::File::open("/dev/null").unwrap().into(),
             )))
             .unwrap();
         drop(process);
-        let Some(Message::Failed(reason)) = agent.receive(soon()).unwrap() else {
-            panic!("not a failure");
-        };
-        assert_eq!(reason, "mount /data: no such device");
+        for expected in [None, Some(Unexecutable::Missing)] {
+            let Some(Message::Failed {
+                reason,
+                unexecutable,
+            }) = agent.receive(soon()).unwrap()
+            else {
+                panic!("not a failure");
+            };
+            assert_eq!(reason, "mount /data: no such device");
+            assert_eq!(unexecutable, expected);
+        }
         assert!(matches!(
             agent.receive(soon()).unwrap(),
             Some(Message::Ready(Some(_)))

@@ -2,6 +2,8 @@
 
 use std::io;
 
+use caisson_proto::Unexecutable;
+
 use super::spec::SpecError;
 
 /// An error of the engine: one sentence that says what failed, and on what.
@@ -32,6 +34,14 @@ pub enum EngineError {
     /// A step in the container's first process failed; it says which.
     #[error("{0}")]
     Init(String),
+    /// The container's program cannot be executed.
+    #[error("{reason}")]
+    Unexecutable {
+        /// The step's sentence.
+        reason: String,
+        /// Why.
+        why: Unexecutable,
+    },
     /// The container is not in the state the call needs.
     #[error("container {id} {state}")]
     State {
@@ -47,6 +57,14 @@ impl EngineError {
         Self::System {
             what: what.into(),
             source: source.into(),
+        }
+    }
+
+    /// A failure that the container's first process tells.
+    pub(crate) fn init(reason: String, unexecutable: Option<Unexecutable>) -> Self {
+        match unexecutable {
+            Some(why) => Self::Unexecutable { reason, why },
+            None => Self::Init(reason),
         }
     }
 

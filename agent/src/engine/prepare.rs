@@ -64,7 +64,10 @@ impl Prepared {
 /// Receives a message; a failure and the end of the stream are errors.
 pub(crate) fn receive(channel: &Channel, time: Duration) -> Result<Message, EngineError> {
     match channel.receive(Some(Instant::now() + time)) {
-        Ok(Some(Message::Failed(reason))) => Err(EngineError::Init(reason)),
+        Ok(Some(Message::Failed {
+            reason,
+            unexecutable,
+        })) => Err(EngineError::init(reason, unexecutable)),
         Ok(Some(message)) => Ok(message),
         Ok(None) => Err(EngineError::Init(
             "the container's process ended while it was prepared (was it killed, or out of memory?)"
@@ -87,7 +90,10 @@ pub(crate) fn start(
     let deadline = Instant::now() + PREPARE_TIME + hooks_time(hooks);
     match channel.receive(Some(deadline)) {
         Ok(None) => Ok(()),
-        Ok(Some(Message::Failed(reason))) => Err(EngineError::Init(reason)),
+        Ok(Some(Message::Failed {
+            reason,
+            unexecutable,
+        })) => Err(EngineError::init(reason, unexecutable)),
         Ok(Some(_)) => Err(EngineError::Init(
             "the process spoke out of turn".to_owned(),
         )),

@@ -92,7 +92,11 @@ impl From<ServiceError> for Status {
             message.truncate(end.unwrap_or(0));
             message.push('…');
         }
-        Self::new(error.code(), message)
+        let mut status = Self::new(error.code(), message);
+        if let ServiceError::Engine(EngineError::Unexecutable { why, .. }) = error {
+            why.add_to(&mut status);
+        }
+        status
     }
 }
 
@@ -106,7 +110,22 @@ fn engine_code(error: &EngineError) -> Code {
 
 #[cfg(test)]
 mod tests {
+    use caisson_proto::Unexecutable;
+
     use super::*;
+
+    #[test]
+    fn a_program_that_cannot_be_executed_is_told_apart() {
+        let why = Unexecutable::Missing;
+        let reason = "cannot execute x".to_owned();
+        let status = Status::from(ServiceError::Engine(EngineError::Unexecutable {
+            reason,
+            why,
+        }));
+        assert_eq!(Unexecutable::of(&status), Some(why));
+        let other = EngineError::Init("cannot execute hooks".into());
+        assert_eq!(Unexecutable::of(&ServiceError::Engine(other).into()), None);
+    }
 
     #[test]
     fn long_messages_are_cut_between_characters() {

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use caisson_proto::Unexecutable;
 use caisson_proto::cli::cli_client::CliClient;
 use caisson_proto::cri;
 use caisson_proto::cri::image_service_client::ImageServiceClient;
@@ -29,6 +30,14 @@ pub enum CliError {
     /// The daemon refused or failed.
     #[error("{0}")]
     Daemon(String),
+    /// A program cannot be executed.
+    #[error("{message}")]
+    Unexecutable {
+        /// What the daemon said.
+        message: String,
+        /// Why.
+        why: Unexecutable,
+    },
     /// The configuration cannot be used.
     #[error(transparent)]
     Config(#[from] crate::config::ConfigError),
@@ -67,6 +76,10 @@ impl From<tonic::Status> for CliError {
                 };
             }
             source = error.source();
+        }
+        if let Some(why) = Unexecutable::of(&status) {
+            let message = status.message().to_owned();
+            return Self::Unexecutable { message, why };
         }
         match status.code() {
             Code::Unavailable | Code::Unknown if status.message().is_empty() => {

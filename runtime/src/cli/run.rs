@@ -10,7 +10,6 @@ use clap::Args;
 use super::client::{CliError, Client, OWN_POD};
 use super::session::{self, Session};
 use super::{containers, images, options, terminal, timeline};
-use crate::cri::not_executed;
 
 /// The period of CPU quotas, in microseconds.
 const CPU_PERIOD: i64 = 100_000;
@@ -108,13 +107,10 @@ pub async fn run(client: &Client, args: RunArgs) -> Result<ExitCode, CliError> {
         containers::stop_pod(client, &pod).await?;
     }
     result.map_err(|error| match &error {
-        CliError::Daemon(message) => match not_executed(message) {
-            Some(code) => {
-                eprintln!("caisson: {message}");
-                CliError::Quiet(code)
-            }
-            None => error,
-        },
+        CliError::Unexecutable { why, .. } => {
+            eprintln!("caisson: {error}");
+            CliError::Quiet(why.exit_status())
+        }
         _ => error,
     })
 }

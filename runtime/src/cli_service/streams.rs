@@ -127,7 +127,7 @@ impl Sink for Responses<'_> {
 
 /// A program that cannot be run is told as a shell tells it: on standard error, and by the exit status.
 fn not_executed(error: CriError, sender: Sender) -> Result<(), CriError> {
-    let Some(code) = error.not_executed().map(i32::from) else {
+    let Some(why) = error.unexecutable else {
         return Err(error);
     };
     tokio::spawn(async move {
@@ -135,7 +135,7 @@ fn not_executed(error: CriError, sender: Sender) -> Result<(), CriError> {
         send(&sender, Response::Started(cli::Started {})).await;
         send(&sender, Response::Stderr(said.into_bytes())).await;
         let exited = cli::Exited {
-            code,
+            code: why.exit_status().into(),
             oom_killed: false,
         };
         send(&sender, Response::Exited(exited)).await;

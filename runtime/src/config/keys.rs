@@ -141,6 +141,11 @@ const KEYS: &[(&str, &str, &str)] = &[
         "address",
         "Where exec, attach and port-forward are served (host:port); port 0 takes a free one. The URLs name it.",
     ),
+    (
+        "streaming",
+        "idle_timeout_seconds",
+        "Seconds without a byte either way after which a client is cut off, 1 to 2592000.",
+    ),
 ];
 
 /// The default configuration as a commented TOML file.

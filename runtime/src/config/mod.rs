@@ -126,6 +126,8 @@ pub struct ImageSettings {
 pub struct StreamingSettings {
     /// Where it listens and what its URLs name; port 0 takes one that is free.
     pub address: SocketAddr,
+    /// Seconds without a byte either way after which a client is cut off, 1 to 2592000 (30 days).
+    pub idle_timeout_seconds: u32,
 }
 
 impl Default for Config {
@@ -155,6 +157,7 @@ impl Default for StreamingSettings {
     fn default() -> Self {
         Self {
             address: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+            idle_timeout_seconds: 4 * 3600,
         }
     }
 }
@@ -326,6 +329,12 @@ impl Config {
                 "URLs name it, so it must be one address that the kubelet can dial, such as 127.0.0.1:0",
             );
         }
+        if !(1..=2_592_000).contains(&self.streaming.idle_timeout_seconds) {
+            return value(
+                "streaming.idle_timeout_seconds",
+                "an idle client is cut off after 1 to 2592000 seconds",
+            );
+        }
         if !self.handlers.contains_key(&self.default_handler) {
             return value(
                 "default_handler",
@@ -479,6 +488,10 @@ mod tests {
             ("[microvm]\nuid = 0", "microvm.uid"),
             ("root = \"relative\"", "root"),
             ("[streaming]\naddress = \"0.0.0.0:1\"", "streaming.address"),
+            (
+                "[streaming]\nidle_timeout_seconds = 0",
+                "streaming.idle_timeout_seconds",
+            ),
             ("default_handler = \"gvisor\"", "default_handler"),
         ] {
             let error = Config::parse(text, Path::new("x.toml")).unwrap_err();

@@ -1,5 +1,6 @@
 //! Why a call of the interface failed, and the gRPC code that says so.
 
+use caisson_proto::Unexecutable;
 use tonic::{Code, Status};
 
 use crate::network::NetworkError;
@@ -9,9 +10,6 @@ use crate::store::StoreError;
 /// The most bytes of a sentence that came out of a guest.
 const MAX_GUEST_MESSAGE: usize = 2048;
 
-/// How a message ends where the cause is ENOENT.
-const NO_SUCH_FILE: &str = "(os error 2)";
-
 /// A call that failed: the code that tells a client what to do, and one sentence for people.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("{message}")]
@@ -20,6 +18,8 @@ pub struct CriError {
     pub code: Code,
     /// What failed, on what, what to do.
     pub message: String,
+    /// It was a program that cannot be executed.
+    pub unexecutable: Option<Unexecutable>,
 }
 
 impl CriError {
@@ -58,6 +58,7 @@ impl CriError {
         Self {
             code,
             message: message.into(),
+            unexecutable: None,
         }
     }
 
@@ -79,30 +80,20 @@ impl CriError {
             | Code::Unimplemented) => code,
             _ => Code::Internal,
         };
-        Self::new(code, format!("the agent could not {what}: {said}"))
-    }
-
-    /// As [`not_executed`], of this error.
-    pub fn not_executed(&self) -> Option<u8> {
-        not_executed(&self.message)
-    }
-}
-
-/// The exit status by which shells tell that a program could not be run: 127 where it is not there, 126 where it
-/// is and cannot be executed. `None` for any other failure. The agent says this in words alone.
-pub fn not_executed(message: &str) -> Option<u8> {
-    message.contains("cannot execute ").then(|| {
-        if message.contains(NO_SUCH_FILE) {
-            127
-        } else {
-            126
+        Self {
+            unexecutable: Unexecutable::of(status),
+            ..Self::new(code, format!("the agent could not {what}: {said}"))
         }
-    })
+    }
 }
 
 impl From<CriError> for Status {
     fn from(error: CriError) -> Self {
-        Self::new(error.code, error.message)
+        let mut status = Self::new(error.code, error.message);
+        if let Some(why) = error.unexecutable {
+            why.add_to(&mut status);
+        }
+        status
     }
 }
 
@@ -145,17 +136,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_program_that_is_not_there_has_a_shells_exit_status() {
-        let of = |message: &str| CriError::internal(message).not_executed();
-        assert_eq!(
-            of("cannot execute /x: No such file (os error 2)"),
-            Some(127)
-        );
-        assert_eq!(
-            of("cannot execute /: Is a directory (os error 21)"),
-            Some(126)
-        );
-        assert_eq!(of("cannot mount /x: No such file (os error 2)"), None);
+    fn a_program_that_cannot_be_executed_is_told_on() {
+        let mut status = Status::internal("cannot execute /x: No such file");
+        let of = |status: &Status| CriError::from_agent("start container c", status);
+        assert_eq!(of(&status).unexecutable, None);
+        Unexecutable::Missing.add_to(&mut status);
+        let told = Status::from(of(&status));
+        assert_eq!(Unexecutable::of(&told), Some(Unexecutable::Missing));
     }
 
     #[test]

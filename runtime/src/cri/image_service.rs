@@ -51,7 +51,7 @@ pub fn layers_in_use(context: &Context) -> HashSet<DiffId> {
         .registry
         .containers()
         .iter()
-        .flat_map(|container| container.record().layers)
+        .flat_map(|container| container.record().layers.clone())
         .filter_map(|layer| layer.parse().ok())
         .collect()
 }

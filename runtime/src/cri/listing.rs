@@ -1,4 +1,5 @@
-//! The lists of pods and containers with their use, for the List calls and for the calls that stream the same lists.
+//! The lists of pods and containers with their use, for the List calls and for the calls that stream the same lists;
+//! and the stream of what happens to them.
 //!
 //! A streamed list comes in messages of a bounded size, so that no node has more pods than fit into one message.
 
@@ -9,6 +10,7 @@ use tonic::Status;
 use tonic::codegen::BoxStream;
 
 use super::containers::{self, stats};
+use super::events::Event;
 use super::{Context, filters, pods};
 use crate::store::SandboxState;
 
@@ -68,6 +70,37 @@ pub async fn pod_stats(
         .map(|pod| stats::pod(context, pod));
     let answers = futures::future::join_all(asked).await;
     answers.into_iter().filter_map(Result::ok).collect()
+}
+
+/// What happens to containers and pods from now on, each with what its pod and its containers are when it is told.
+/// The stream of a watcher that does not read ends with DATA_LOSS, once it is too far behind.
+pub fn events(context: &Arc<Context>) -> BoxStream<cri::ContainerEventResponse> {
+    let start = (context.registry.watch(), context.clone());
+    let events = futures::stream::try_unfold(start, |(mut watcher, context)| async {
+        match watcher.next().await {
+            Ok(event) => Ok(Some((told(&context, &event), (watcher, context)))),
+            Err(behind) => Err(Status::data_loss(behind.to_string())),
+        }
+    });
+    Box::pin(events)
+}
+
+fn told(context: &Context, event: &Event) -> cri::ContainerEventResponse {
+    let pod = context.registry.pod(&event.sandbox_id).ok();
+    let (status, containers) = match pod {
+        Some(pod) => {
+            let status = pods::status(context, &pod, false);
+            (status.status, status.containers_statuses)
+        }
+        None => (event.last.clone(), Vec::new()),
+    };
+    cri::ContainerEventResponse {
+        container_id: event.id.clone(),
+        container_event_type: event.kind as i32,
+        created_at: event.at,
+        pod_sandbox_status: status,
+        containers_statuses: containers,
+    }
 }
 
 /// A list as a stream of messages.

@@ -8,6 +8,7 @@ pub mod alpha;
 mod conditions;
 pub mod containers;
 mod error;
+mod events;
 mod filters;
 mod guest;
 pub mod image_service;
@@ -20,7 +21,7 @@ pub mod spec;
 
 use std::sync::Arc;
 
-pub use error::{CriError, not_executed};
+pub use error::CriError;
 
 use crate::config::Config;
 use crate::doctor::KvmProbe;

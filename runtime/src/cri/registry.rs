@@ -7,14 +7,12 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use caisson_proto::cri;
-use tokio::sync::{broadcast, watch};
+use tokio::sync::watch;
 
 use super::CriError;
+use super::events::{Event, Events, Watcher};
 use crate::sandbox::Sandbox;
 use crate::store::{ContainerRecord, ContainerState, SandboxRecord, SandboxState, Store};
-
-/// How many events a slow listener may be behind.
-const EVENT_BACKLOG: usize = 1024;
 
 /// A sample of CPU use, from which a rate is computed.
 #[derive(Clone, Copy, Debug)]
@@ -29,7 +27,9 @@ pub struct CpuSample {
 pub struct Pod {
     /// Its ID.
     pub id: String,
-    record: Mutex<SandboxRecord>,
+    /// When it was made: Unix time in nanoseconds.
+    created_at: i64,
+    record: Mutex<Arc<SandboxRecord>>,
     sandbox: Mutex<Option<Arc<dyn Sandbox>>>,
     persist: tokio::sync::Mutex<()>,
     /// Held shared while something is made in the pod, exclusively while the pod is taken apart.
@@ -44,7 +44,9 @@ pub struct Container {
     pub id: String,
     /// The pod it is in.
     pub pod: Arc<Pod>,
-    record: Mutex<ContainerRecord>,
+    /// When it was made: Unix time in nanoseconds.
+    created_at: i64,
+    record: Mutex<Arc<ContainerRecord>>,
     persist: tokio::sync::Mutex<()>,
     /// Held while the container is started or removed.
     pub lifecycle: tokio::sync::Mutex<()>,
@@ -54,25 +56,12 @@ pub struct Container {
     pub cpu: Mutex<Option<CpuSample>>,
 }
 
-/// Something that happened to a container (CRI `GetContainerEvents`).
-#[derive(Clone, Debug)]
-pub struct Event {
-    /// What.
-    pub kind: cri::ContainerEventType,
-    /// The container, or the pod sandbox.
-    pub id: String,
-    /// The pod sandbox.
-    pub sandbox_id: String,
-    /// Unix time in nanoseconds.
-    pub at: i64,
-}
-
 /// All pods and containers.
 pub struct Registry {
     store: Store,
     pods: RwLock<HashMap<String, Arc<Pod>>>,
     containers: RwLock<HashMap<String, Arc<Container>>>,
-    events: broadcast::Sender<Event>,
+    events: Arc<Events>,
 }
 
 /// Locks what is only held for moments; a panic elsewhere leaves the data whole, as each change is one assignment.
@@ -94,7 +83,8 @@ impl Pod {
     pub fn new(record: SandboxRecord) -> Arc<Self> {
         Arc::new(Self {
             id: record.id.clone(),
-            record: Mutex::new(record),
+            created_at: record.created_at,
+            record: Mutex::new(Arc::new(record)),
             sandbox: Mutex::new(None),
             persist: tokio::sync::Mutex::new(()),
             lifecycle: tokio::sync::RwLock::new(()),
@@ -102,8 +92,8 @@ impl Pod {
         })
     }
 
-    /// A copy of the record.
-    pub fn record(&self) -> SandboxRecord {
+    /// The record as it now is. What changes later does not change what was returned.
+    pub fn record(&self) -> Arc<SandboxRecord> {
         lock(&self.record).clone()
     }
 
@@ -114,7 +104,7 @@ impl Pod {
 
     /// Changes the record in memory; [`Registry::save_pod`] writes it.
     pub fn change<T>(&self, change: impl FnOnce(&mut SandboxRecord) -> T) -> T {
-        change(&mut lock(&self.record))
+        change(Arc::make_mut(&mut lock(&self.record)))
     }
 
     /// The sandbox, as long as there is one.
@@ -180,7 +170,8 @@ impl Container {
         Arc::new(Self {
             id: record.id.clone(),
             pod,
-            record: Mutex::new(record),
+            created_at: record.created_at,
+            record: Mutex::new(Arc::new(record)),
             persist: tokio::sync::Mutex::new(()),
             lifecycle: tokio::sync::Mutex::new(()),
             exited: watch::Sender::new(exited),
@@ -188,8 +179,8 @@ impl Container {
         })
     }
 
-    /// A copy of the record.
-    pub fn record(&self) -> ContainerRecord {
+    /// The record as it now is. What changes later does not change what was returned.
+    pub fn record(&self) -> Arc<ContainerRecord> {
         lock(&self.record).clone()
     }
 
@@ -200,7 +191,7 @@ impl Container {
 
     /// Changes the record in memory; [`Registry::save_container`] writes it.
     pub fn change<T>(&self, change: impl FnOnce(&mut ContainerRecord) -> T) -> T {
-        change(&mut lock(&self.record))
+        change(Arc::make_mut(&mut lock(&self.record)))
     }
 }
 
@@ -211,7 +202,7 @@ impl Registry {
             store,
             pods: RwLock::default(),
             containers: RwLock::default(),
-            events: broadcast::Sender::new(EVENT_BACKLOG),
+            events: Arc::default(),
         }
     }
 
@@ -245,15 +236,14 @@ impl Registry {
         Ok(self.store.put_sandbox(pod.record()).await?)
     }
 
-    /// Forgets a pod and frees its name.
+    /// Forgets a pod and frees its name. False if it was forgotten before.
     ///
     /// # Errors
     /// The disk fails; the pod is then still known.
-    pub async fn delete_pod(&self, pod: &Pod) -> Result<(), CriError> {
+    pub async fn delete_pod(&self, pod: &Pod) -> Result<bool, CriError> {
         let _turn = pod.persist.lock().await;
         self.store.delete_sandbox(pod.record()).await?;
-        self.write_pods().remove(&pod.id);
-        Ok(())
+        Ok(self.write_pods().remove(&pod.id).is_some())
     }
 
     /// Reserves the container's name, writes its first record and makes it known.
@@ -286,15 +276,14 @@ impl Registry {
         Ok(self.store.put_container(container.record()).await?)
     }
 
-    /// Forgets a container and frees its name.
+    /// Forgets a container and frees its name. False if it was forgotten before.
     ///
     /// # Errors
     /// The disk fails; the container is then still known.
-    pub async fn delete_container(&self, container: &Container) -> Result<(), CriError> {
+    pub async fn delete_container(&self, container: &Container) -> Result<bool, CriError> {
         let _turn = container.persist.lock().await;
         self.store.delete_container(container.record()).await?;
-        self.write_containers().remove(&container.id);
-        Ok(())
+        Ok(self.write_containers().remove(&container.id).is_some())
     }
 
     /// The pod with this ID, or the only one whose ID begins so.
@@ -322,42 +311,64 @@ impl Registry {
     pub fn pods(&self) -> Vec<Arc<Pod>> {
         let pods = self.pods.read().unwrap_or_else(PoisonError::into_inner);
         let mut all: Vec<_> = pods.values().cloned().collect();
-        all.sort_by_key(|pod| std::cmp::Reverse(lock(&pod.record).created_at));
+        all.sort_by_key(|pod| std::cmp::Reverse(pod.created_at));
         all
     }
 
     /// All containers, the newest first.
     pub fn containers(&self) -> Vec<Arc<Container>> {
-        let containers = self
-            .containers
-            .read()
-            .unwrap_or_else(PoisonError::into_inner);
-        let mut all: Vec<_> = containers.values().cloned().collect();
-        all.sort_by_key(|container| std::cmp::Reverse(lock(&container.record).created_at));
-        all
+        self.containers_where(|_| true)
     }
 
     /// The containers of a pod, the newest first.
     pub fn containers_of(&self, pod_id: &str) -> Vec<Arc<Container>> {
-        let mut all = self.containers();
-        all.retain(|container| container.pod.id == pod_id);
-        all
+        self.containers_where(|container| container.pod.id == pod_id)
     }
 
-    /// Tells listeners what happened to a container (or to a sandbox, whose ID then is both).
-    pub fn emit(&self, kind: cri::ContainerEventType, id: &str, sandbox_id: &str) {
-        // Nobody listening is no failure.
-        let _ = self.events.send(Event {
+    fn containers_where(&self, wanted: impl Fn(&Container) -> bool) -> Vec<Arc<Container>> {
+        let containers = self
+            .containers
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        let mut found: Vec<_> = containers
+            .values()
+            .filter(|container| wanted(container))
+            .cloned()
+            .collect();
+        found.sort_by_key(|container| std::cmp::Reverse(container.created_at));
+        found
+    }
+
+    /// Tells watchers what happened to a container.
+    pub fn emit(&self, kind: cri::ContainerEventType, container: &Container) {
+        self.events.emit(Event {
             kind,
-            id: id.to_owned(),
-            sandbox_id: sandbox_id.to_owned(),
-            at: now(),
+            id: container.id.clone(),
+            sandbox_id: container.pod.id.clone(),
+            at: 0,
+            last: None,
         });
     }
 
-    /// What happens from now on.
-    pub fn events(&self) -> broadcast::Receiver<Event> {
-        self.events.subscribe()
+    /// Tells watchers what happened to a pod sandbox. With `last`, what it was before it was deleted.
+    pub fn emit_of_pod(
+        &self,
+        kind: cri::ContainerEventType,
+        pod: &Pod,
+        last: Option<cri::PodSandboxStatus>,
+    ) {
+        self.events.emit(Event {
+            kind,
+            id: pod.id.clone(),
+            sandbox_id: pod.id.clone(),
+            at: 0,
+            last,
+        });
+    }
+
+    /// Watches what happens from now on.
+    pub fn watch(&self) -> Watcher {
+        self.events.watch()
     }
 
     fn write_pods(&self) -> std::sync::RwLockWriteGuard<'_, HashMap<String, Arc<Pod>>> {

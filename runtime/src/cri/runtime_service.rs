@@ -5,13 +5,10 @@ use std::time::Duration;
 
 use caisson_proto::cri;
 use cri::runtime_service_server::RuntimeService;
-use tokio_stream::StreamExt as _;
-use tokio_stream::wrappers::BroadcastStream;
 use tonic::codegen::BoxStream;
 use tonic::{Request, Response, Status};
 
 use super::containers::{self, exec, log, stats};
-use super::registry::Event;
 use super::{Context, CriError, RUNTIME_NAME, conditions, detached, listing, metrics, pods};
 use crate::streaming;
 
@@ -26,21 +23,6 @@ impl Service {
     /// The service on this context.
     pub fn new(context: Arc<Context>) -> Self {
         Self { context }
-    }
-
-    fn event(context: &Context, event: &Event) -> cri::ContainerEventResponse {
-        let pod = context.registry.pod(&event.sandbox_id).ok();
-        let status = pod.map(|pod| pods::status(context, &pod, false));
-        let (status, containers) = status.map_or((None, Vec::new()), |status| {
-            (status.status, status.containers_statuses)
-        });
-        cri::ContainerEventResponse {
-            container_id: event.id.clone(),
-            container_event_type: event.kind as i32,
-            created_at: event.at,
-            pod_sandbox_status: status,
-            containers_statuses: containers,
-        }
     }
 }
 
@@ -339,17 +321,7 @@ impl RuntimeService for Service {
         &self,
         _: Request<cri::GetEventsRequest>,
     ) -> Answer<BoxStream<cri::ContainerEventResponse>> {
-        let context = self.context.clone();
-        let events = BroadcastStream::new(self.context.registry.events()).map(move |event| {
-            match event {
-                Ok(event) => Ok(Self::event(&context, &event)),
-                // The listener must know, so that it lists everything anew.
-                Err(lagged) => Err(Status::data_loss(format!(
-                    "events were lost because they were not read in time: {lagged}"
-                ))),
-            }
-        });
-        ok(Box::pin(events))
+        ok(listing::events(&self.context))
     }
 
     async fn exec(&self, request: Request<cri::ExecRequest>) -> Answer<cri::ExecResponse> {

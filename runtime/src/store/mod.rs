@@ -146,16 +146,16 @@ impl Store {
     ///
     /// # Errors
     /// The disk fails.
-    pub async fn put_sandbox(&self, record: SandboxRecord) -> Result<(), StoreError> {
-        self.run(move |database| put(database, &record)).await
+    pub async fn put_sandbox(&self, record: Arc<SandboxRecord>) -> Result<(), StoreError> {
+        self.run(move |database| put(database, &*record)).await
     }
 
     /// Forgets a sandbox and frees its name. Idempotent.
     ///
     /// # Errors
     /// The disk fails.
-    pub async fn delete_sandbox(&self, record: SandboxRecord) -> Result<(), StoreError> {
-        self.run(move |database| delete(database, &record)).await
+    pub async fn delete_sandbox(&self, record: Arc<SandboxRecord>) -> Result<(), StoreError> {
+        self.run(move |database| delete(database, &*record)).await
     }
 
     /// Reserves the container's name and writes its first record.
@@ -170,16 +170,16 @@ impl Store {
     ///
     /// # Errors
     /// The disk fails.
-    pub async fn put_container(&self, record: ContainerRecord) -> Result<(), StoreError> {
-        self.run(move |database| put(database, &record)).await
+    pub async fn put_container(&self, record: Arc<ContainerRecord>) -> Result<(), StoreError> {
+        self.run(move |database| put(database, &*record)).await
     }
 
     /// Forgets a container and frees its name. Idempotent.
     ///
     /// # Errors
     /// The disk fails.
-    pub async fn delete_container(&self, record: ContainerRecord) -> Result<(), StoreError> {
-        self.run(move |database| delete(database, &record)).await
+    pub async fn delete_container(&self, record: Arc<ContainerRecord>) -> Result<(), StoreError> {
+        self.run(move |database| delete(database, &*record)).await
     }
 
     /// Runs a transaction where it may wait for the disk; once more on the file opened anew if it fails.
@@ -378,15 +378,15 @@ mod tests {
             assert_eq!(store.sandboxes().unwrap(), vec![record.clone()]);
             let mut ready = record.clone();
             ready.state = SandboxState::Ready;
-            store.put_sandbox(ready).await.unwrap();
+            store.put_sandbox(ready.into()).await.unwrap();
         } // … and after it
         {
             let store = Store::open(&path).unwrap();
             let found = store.sandboxes().unwrap();
             assert_eq!(found[0].state, SandboxState::Ready);
             assert_eq!(found[0].config.0.hostname, "web");
-            store.delete_sandbox(record.clone()).await.unwrap();
-            store.delete_sandbox(record.clone()).await.unwrap();
+            store.delete_sandbox(record.clone().into()).await.unwrap();
+            store.delete_sandbox(record.clone().into()).await.unwrap();
         }
         let store = Store::open(&path).unwrap();
         assert!(store.sandboxes().unwrap().is_empty());
@@ -408,7 +408,10 @@ mod tests {
         );
         assert_eq!(store.sandboxes().unwrap().len(), 1);
         // A late delete of one that never held the name does not free it.
-        store.delete_sandbox(sandbox("b2", "web")).await.unwrap();
+        store
+            .delete_sandbox(sandbox("b2", "web").into())
+            .await
+            .unwrap();
         assert!(store.create_sandbox(sandbox("c3", "web")).await.is_err());
     }
 

@@ -52,7 +52,8 @@ impl caisson_streaming::Backend for Backend {
 
     async fn attach(&self, container: &str, streams: &mut Streams) -> Result<(), BackendError> {
         let container = self.context.registry.container(container).map_err(told)?;
-        let config = container.record().config.0;
+        let record = container.record();
+        let config = &record.config.0;
         let attach = Attach {
             stdin: streams.stdin.is_some(),
             stdout: streams.stdout.is_some(),

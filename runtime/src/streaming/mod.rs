@@ -56,7 +56,8 @@ pub fn attach(context: &Context, request: cri::AttachRequest) -> Result<String, 
     check(wants)?;
     let container = context.registry.container(&request.container_id)?;
     running(&container)?;
-    let config = container.record().config.0;
+    let record = container.record();
+    let config = &record.config.0;
     if wants.stdin && !config.stdin && !config.tty {
         return Err(CriError::precondition(format!(
             "container {} was made without a standard input",

@@ -7,6 +7,7 @@
 //! (see [`stream`]).
 
 pub mod client;
+mod idle;
 mod portforward;
 mod remotecommand;
 mod server;

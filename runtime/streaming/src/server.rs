@@ -19,6 +19,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::Role;
 
+use crate::idle::Idle;
 use crate::tokens::{Request, Tokens, TooMany};
 use crate::upgrade::{self, Refusal, Transport};
 use crate::{Backend, portforward, remotecommand, websocket};
@@ -58,20 +59,26 @@ impl Endpoint {
 pub struct Listener {
     listener: TcpListener,
     endpoint: Endpoint,
+    idle_timeout: Duration,
 }
 
 impl Listener {
-    /// Listens on an address; port 0 takes one that is free.
+    /// Listens on an address; port 0 takes one that is free. A client is cut off when no byte has gone either way for
+    /// `idle_timeout`.
     ///
     /// # Errors
     /// The address cannot be had.
-    pub async fn bind(address: SocketAddr) -> io::Result<Self> {
+    pub async fn bind(address: SocketAddr, idle_timeout: Duration) -> io::Result<Self> {
         let listener = TcpListener::bind(address).await?;
         let endpoint = Endpoint {
             address: listener.local_addr()?,
             tokens: Arc::default(),
         };
-        Ok(Self { listener, endpoint })
+        Ok(Self {
+            listener,
+            endpoint,
+            idle_timeout,
+        })
     }
 
     /// What issues this server's URLs.
@@ -92,6 +99,7 @@ impl Listener {
                     let server = Server {
                         tokens: self.endpoint.tokens.clone(),
                         backend: backend.clone(),
+                        idle_timeout: self.idle_timeout,
                         slot: Arc::new(slot),
                     };
                     tokio::spawn(server.connection(client));
@@ -109,6 +117,7 @@ impl Listener {
 struct Server<B> {
     tokens: Arc<Tokens>,
     backend: Arc<B>,
+    idle_timeout: Duration,
     /// Held until the connection, upgraded or not, has ended.
     slot: Arc<OwnedSemaphorePermit>,
 }
@@ -143,9 +152,13 @@ impl<B: Backend> Server<B> {
             Ok((session, response)) => {
                 let upgrade = hyper::upgrade::on(&mut request);
                 let (backend, slot) = (self.backend.clone(), self.slot.clone());
+                let idle_timeout = self.idle_timeout;
                 tokio::spawn(async move {
                     match upgrade.await {
-                        Ok(upgraded) => serve(session, upgraded, backend).await,
+                        Ok(upgraded) => {
+                            let transport = Idle::new(TokioIo::new(upgraded), idle_timeout);
+                            serve(session, transport, backend).await;
+                        }
                         Err(error) => tracing::debug!(%error, "a streaming client did not upgrade"),
                     }
                     drop(slot);
@@ -227,8 +240,7 @@ fn ports_of(query: &str) -> Result<Vec<u16>, Refusal> {
     ports.map(parse).collect()
 }
 
-async fn serve<B: Backend>(session: Session, upgraded: Upgraded, backend: Arc<B>) {
-    let transport = TokioIo::new(upgraded);
+async fn serve<B: Backend>(session: Session, transport: Idle<TokioIo<Upgraded>>, backend: Arc<B>) {
     let socket = |transport| {
         WebSocketStream::from_raw_socket(transport, Role::Server, Some(websocket::config()))
     };

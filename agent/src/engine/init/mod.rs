@@ -27,6 +27,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
 
+use caisson_proto::Unexecutable;
 use nix::sched::{CloneFlags, unshare};
 
 use super::channel::{Channel, Message};
@@ -40,6 +41,8 @@ use super::sys;
 pub(crate) struct Step {
     what: String,
     source: io::Error,
+    /// The step was to execute the container's program.
+    execute: bool,
 }
 
 impl Step {
@@ -47,7 +50,23 @@ impl Step {
         Self {
             what: what.into(),
             source: source.into(),
+            execute: false,
         }
+    }
+
+    /// The step that executes the container's program, or looks for it.
+    pub fn execute(program: &str, source: impl Into<io::Error>) -> Self {
+        Self {
+            execute: true,
+            ..Self::new(format!("execute {program}"), source)
+        }
+    }
+
+    fn unexecutable(&self) -> Option<Unexecutable> {
+        self.execute.then(|| match self.source.kind() {
+            io::ErrorKind::NotFound => Unexecutable::Missing,
+            _ => Unexecutable::Refused,
+        })
     }
 
     pub fn other(what: impl Into<String>, reason: impl Into<String>) -> Self {
@@ -100,7 +119,10 @@ pub fn init_main() -> ! {
     );
     if let Err(step) = result {
         // Nobody is left to tell if this fails.
-        let _ = channel.send(&Message::Failed(step.to_string()));
+        let _ = channel.send(&Message::Failed {
+            reason: step.to_string(),
+            unexecutable: step.unexecutable(),
+        });
         std::process::exit(1);
     }
     std::process::exit(0);

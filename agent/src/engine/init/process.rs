@@ -137,7 +137,7 @@ pub(super) fn execute(
         sets.apply()?;
     }
     nix::unistd::execve(&c_program, &arguments, &environment)
-        .during(|| format!("execute {program}"))
+        .map_err(|error| Step::execute(&program, error))
 }
 
 /// Keeps other processes of the container from tracing this one before it executes.
@@ -243,7 +243,7 @@ fn find(process: &Process) -> Result<String, Step> {
         Ok(())
     };
     if name.contains('/') {
-        usable(name).during(|| format!("execute {name}"))?;
+        usable(name).map_err(|error| Step::execute(name, error))?;
         return Ok(name.to_owned());
     }
     let path = process
@@ -259,13 +259,8 @@ fn find(process: &Process) -> Result<String, Step> {
         })
         .find(|candidate| usable(candidate).is_ok())
         .ok_or_else(|| {
-            Step::new(
-                format!("execute {name}"),
-                io::Error::new(
-                    io::ErrorKind::NotFound,
-                    format!("no such program in PATH {path}"),
-                ),
-            )
+            let reason = format!("no such program in PATH {path}");
+            Step::execute(name, io::Error::new(io::ErrorKind::NotFound, reason))
         })
 }
 
@@ -357,6 +352,8 @@ pub(super) fn set_domain_name(name: &str) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use caisson_proto::Unexecutable;
+
     use super::*;
 
     #[test]
@@ -385,16 +382,17 @@ mod tests {
                 env: env.iter().map(|&one| one.into()).collect(),
                 ..Process::default()
             })
-            .map_err(|step| step.to_string())
+            .map_err(|step| (step.to_string(), step.unexecutable().unwrap()))
+        };
+        let refused = |name, why, word| {
+            let (said, told) = find(name, &[]).unwrap_err();
+            assert!(said.contains(word) && told == why, "{said} {told:?}");
         };
         assert_eq!(find("sh", &["PATH=/nonexistent:/bin"]).unwrap(), "/bin/sh");
         assert_eq!(find("/bin/sh", &[]).unwrap(), "/bin/sh");
-        assert!(
-            find("no-such-program", &[])
-                .unwrap_err()
-                .contains("no-such-program")
-        );
-        assert!(find("/etc/passwd", &[]).unwrap_err().contains("denied"));
-        assert!(find("/etc", &[]).unwrap_err().contains("directory"));
+        refused("no-such-program", Unexecutable::Missing, "no-such-program");
+        refused("/no/such", Unexecutable::Missing, "/no/such");
+        refused("/etc/passwd", Unexecutable::Refused, "denied");
+        refused("/etc", Unexecutable::Refused, "directory");
     }
 }

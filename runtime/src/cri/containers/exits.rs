@@ -172,11 +172,9 @@ pub async fn finish(context: &Context, container: &Container, end: End) {
         if let Err(error) = context.registry.save_container(container).await {
             tracing::error!(container = container.id, %error, "the container's end could not be written");
         }
-        context.registry.emit(
-            cri::ContainerEventType::ContainerStoppedEvent,
-            &container.id,
-            &container.pod.id,
-        );
+        context
+            .registry
+            .emit(cri::ContainerEventType::ContainerStoppedEvent, container);
     }
     container.exited.send_replace(true);
 }

@@ -75,8 +75,8 @@ pub async fn recover_dead(context: &Arc<Context>, container: &Arc<Container>) {
     if container.state() == ContainerState::Creating {
         create::undo(context, container).await;
     } else {
-        let why = container.pod.record().reason;
-        exits::finish(context, container, exits::lost(&why)).await;
+        let pod = container.pod.record();
+        exits::finish(context, container, exits::lost(&pod.reason)).await;
     }
 }
 

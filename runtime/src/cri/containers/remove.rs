@@ -56,11 +56,10 @@ pub async fn remove(context: &Arc<Context>, container: &Arc<Container>) -> Resul
         }
         sandbox.forget(&container.id).await?;
     }
-    context.registry.delete_container(container).await?;
-    context.registry.emit(
-        cri::ContainerEventType::ContainerDeletedEvent,
-        &container.id,
-        &container.pod.id,
-    );
+    if context.registry.delete_container(container).await? {
+        context
+            .registry
+            .emit(cri::ContainerEventType::ContainerDeletedEvent, container);
+    }
     Ok(())
 }

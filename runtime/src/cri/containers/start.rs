@@ -54,13 +54,12 @@ pub async fn start(
                 record.state = ContainerState::Running;
                 record.started_at = now();
             });
+            // Before the watch, which may tell at once that it has ended.
+            context
+                .registry
+                .emit(cri::ContainerEventType::ContainerStartedEvent, container);
             // Watched even if the record cannot be written: the process runs.
             exits::watch(context, container, sandbox);
-            context.registry.emit(
-                cri::ContainerEventType::ContainerStartedEvent,
-                &container.id,
-                &container.pod.id,
-            );
             context.registry.save_container(container).await
         }
         Err(error) => {

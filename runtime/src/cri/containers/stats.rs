@@ -23,6 +23,7 @@ pub async fn pod(context: &Arc<Context>, pod: &Arc<Pod>) -> Result<cri::PodSandb
     let answer = ask(pod, Vec::new(), false).await?;
     let containers = of_containers(context, pod, &answer);
     let record = pod.record();
+    let config = &record.config.0;
     let sandbox = answer.sandbox.unwrap_or_default();
     let at = timestamp(sandbox.timestamp_ns);
     let used = sandbox
@@ -40,13 +41,12 @@ pub async fn pod(context: &Arc<Context>, pod: &Arc<Pod>) -> Result<cri::PodSandb
     let (default, others): (Vec<_>, Vec<_>) = interfaces
         .into_iter()
         .partition(|interface| interface.name == "eth0");
-    let config = record.config.0;
     Ok(cri::PodSandboxStats {
         attributes: Some(cri::PodSandboxAttributes {
-            id: record.id,
-            metadata: config.metadata,
-            labels: config.labels,
-            annotations: config.annotations,
+            id: record.id.clone(),
+            metadata: config.metadata.clone(),
+            labels: config.labels.clone(),
+            annotations: config.annotations.clone(),
         }),
         linux: Some(cri::LinuxPodSandboxStats {
             cpu: Some(cpu(at, sandbox.cpu_usage_ns, &pod.cpu)),
@@ -177,7 +177,7 @@ fn of_containers(
 
 fn convert(container: &Container, stats: &agent::ContainerStats) -> cri::ContainerStats {
     let record = container.record();
-    let config = record.config.0;
+    let config = &record.config.0;
     let at = timestamp(stats.timestamp_ns);
     let available = match stats.memory_limit_bytes {
         0 => None,
@@ -185,10 +185,10 @@ fn convert(container: &Container, stats: &agent::ContainerStats) -> cri::Contain
     };
     cri::ContainerStats {
         attributes: Some(cri::ContainerAttributes {
-            id: record.id,
-            metadata: config.metadata,
-            labels: config.labels,
-            annotations: config.annotations,
+            id: record.id.clone(),
+            metadata: config.metadata.clone(),
+            labels: config.labels.clone(),
+            annotations: config.annotations.clone(),
         }),
         cpu: Some(cri::CpuUsage {
             psi: stats.cpu_pressure.as_ref().map(psi),

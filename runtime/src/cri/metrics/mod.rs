@@ -66,7 +66,7 @@ async fn of_pod(
     let answer = stats::ask(pod, Vec::new(), true).await?;
     let sandbox = answer.sandbox.unwrap_or_default();
     let pod_record = pod.record();
-    let metadata = pod_record.config.0.metadata.unwrap_or_default();
+    let metadata = pod_record.config.0.metadata.clone().unwrap_or_default();
     let labels = |id: &str, name: &str, image: &str, container: &str| -> Vec<String> {
         [
             id,
@@ -82,10 +82,11 @@ async fn of_pod(
     let container_metrics = stats::running(context, pod, &answer.containers)
         .map(|(container, stats)| {
             let record = container.record();
-            let name = record.config.0.metadata.unwrap_or_default().name;
-            let base = labels(&record.id, &record.name, &record.image_ref, &name);
+            let name = record.config.0.metadata.as_ref();
+            let name = name.map_or("", |metadata| &metadata.name);
+            let base = labels(&record.id, &record.name, &record.image_ref, name);
             let sample = Sample {
-                resources: record.resources.0,
+                resources: record.resources.0.clone(),
                 started_at: record.started_at,
                 stats: stats.clone(),
                 detail: stats.detail.clone().unwrap_or_default(),

@@ -28,7 +28,7 @@ pub async fn recover(context: &Arc<Context>) -> Result<(), CriError> {
             // Pods go after their containers, so this is a record that nothing stands behind.
             Err(_) => {
                 tracing::warn!(container = id, "a container without a pod is forgotten");
-                store.delete_container(record).await?;
+                store.delete_container(record.into()).await?;
             }
         }
     }

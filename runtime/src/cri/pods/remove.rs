@@ -8,6 +8,7 @@ use super::super::containers;
 use super::super::registry::Pod;
 use super::super::{Context, CriError};
 use super::stop;
+use super::view::pod_status;
 use crate::store::SandboxState;
 
 /// Stops a pod if need be and removes every trace of it, its containers included. Idempotent.
@@ -27,11 +28,12 @@ pub async fn remove(context: &Arc<Context>, pod: &Arc<Pod>) -> Result<(), CriErr
         sandbox.remove().await?;
     }
     pod.set_sandbox(None);
-    context.registry.delete_pod(pod).await?;
-    context.registry.emit(
-        cri::ContainerEventType::ContainerDeletedEvent,
-        &pod.id,
-        &pod.id,
-    );
+    if context.registry.delete_pod(pod).await? {
+        context.registry.emit_of_pod(
+            cri::ContainerEventType::ContainerDeletedEvent,
+            pod,
+            Some(pod_status(&pod.record())),
+        );
+    }
     Ok(())
 }

@@ -21,11 +21,12 @@ pub fn resize(
 ) -> Result<(), CriError> {
     pod.ready()?;
     // On the host there is no machine.
-    if pod.record().kind == HandlerKind::Host {
+    let record = pod.record();
+    if record.kind == HandlerKind::Host {
         return Ok(());
     }
     let config = &context.config.microvm;
-    let mut wanted = pod.record().config.0;
+    let mut wanted = record.config.0.clone();
     let (vcpus, memory) = size::machine(&wanted, config);
     let linux = wanted.linux.get_or_insert_default();
     for (kept, new) in [

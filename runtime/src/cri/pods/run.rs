@@ -52,11 +52,12 @@ pub async fn run(
     match make(context, &pod).await {
         Ok(()) => {
             tracing::info!(pod = pod.id, "the pod is ready");
-            context.registry.emit(
+            for kind in [
+                cri::ContainerEventType::ContainerCreatedEvent,
                 cri::ContainerEventType::ContainerStartedEvent,
-                &pod.id,
-                &pod.id,
-            );
+            ] {
+                context.registry.emit_of_pod(kind, &pod, None);
+            }
             Ok(pod.id.clone())
         }
         Err(error) => {

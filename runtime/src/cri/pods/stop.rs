@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use caisson_proto::cri;
+
 use super::super::containers;
 use super::super::registry::Pod;
 use super::super::{Context, CriError};
@@ -58,14 +60,20 @@ pub async fn stop(context: &Arc<Context>, pod: &Arc<Pod>) -> Result<(), CriError
     for container in context.registry.containers_of(&pod.id) {
         containers::exits::sandbox_ended(context, &container, "the pod was stopped").await;
     }
-    let changed = pod.change(|record| {
+    let (stopped, changed) = pod.change(|record| {
         let before = (record.state, record.network.is_some());
         if record.state != SandboxState::Removing {
             record.state = SandboxState::NotReady;
         }
         record.network = None;
-        before != (record.state, false)
+        let stopped = before.0 == SandboxState::Stopping;
+        (stopped, before != (record.state, false))
     });
+    if stopped {
+        context
+            .registry
+            .emit_of_pod(cri::ContainerEventType::ContainerStoppedEvent, pod, None);
+    }
     if changed {
         context.registry.save_pod(pod).await?;
     }

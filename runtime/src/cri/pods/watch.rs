@@ -34,10 +34,10 @@ pub fn watch(context: &Arc<Context>, pod: &Arc<Pod>) {
             if let Err(error) = context.registry.save_pod(&pod).await {
                 tracing::error!(pod = pod.id, %error, "the pod's record could not be written");
             }
-            context.registry.emit(
+            context.registry.emit_of_pod(
                 cri::ContainerEventType::ContainerStoppedEvent,
-                &pod.id,
-                &pod.id,
+                &pod,
+                None,
             );
         }
         for container in context.registry.containers_of(&pod.id) {

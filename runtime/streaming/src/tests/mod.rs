@@ -6,6 +6,7 @@ mod remote;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{SinkExt, StreamExt};
@@ -125,9 +126,12 @@ impl Backend for Machine {
 }
 
 async fn serve() -> (Endpoint, Arc<Machine>) {
-    let listener = Listener::bind("127.0.0.1:0".parse().unwrap())
-        .await
-        .unwrap();
+    serve_idle(Duration::from_secs(3600)).await
+}
+
+async fn serve_idle(idle_timeout: Duration) -> (Endpoint, Arc<Machine>) {
+    let address = "127.0.0.1:0".parse().unwrap();
+    let listener = Listener::bind(address, idle_timeout).await.unwrap();
     let endpoint = listener.endpoint();
     let machine = Arc::new(Machine::default());
     tokio::spawn(listener.serve(machine.clone()));

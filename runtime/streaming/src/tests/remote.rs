@@ -255,6 +255,30 @@ async fn a_client_that_goes_away_is_noticed() {
         .unwrap();
 }
 
+#[tokio::test]
+async fn an_idle_client_is_cut_off_and_what_it_ran_is_told() {
+    let (endpoint, machine) = serve_idle(Duration::from_millis(300)).await;
+    for websockets in [false, true] {
+        machine.left.store(false, Ordering::Relaxed);
+        let url = exec(&endpoint, "hold", false);
+        let (mut spdy, mut socket) = (None, None);
+        if websockets {
+            socket = Some(websocket(&url, "v5.channel.k8s.io").await);
+        } else {
+            spdy = Some(client(&url).await);
+        }
+        let cut = async {
+            while !machine.left.load(Ordering::Relaxed) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), cut)
+            .await
+            .unwrap();
+        drop((spdy.take(), socket.take()));
+    }
+}
+
 // must-test: a slow reader
 #[tokio::test]
 async fn a_client_that_does_not_read_holds_back_the_process() {

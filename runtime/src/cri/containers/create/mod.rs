@@ -1,23 +1,21 @@
 //! CreateContainer.
 
-use std::path::{Component, Path, PathBuf};
+mod profiles;
+mod record;
+
 use std::sync::Arc;
 
 use caisson_proto::{agent, cri};
-use serde_json::Value;
 
-use super::super::registry::{Container, Pod, now};
-use super::super::spec::{self, AppArmor, ImageDefaults, signal};
-use super::super::{Context, CriError, guest, new_id, pods};
+use super::super::registry::{Container, Pod};
+use super::super::spec::{self, ImageDefaults};
+use super::super::{Context, CriError, guest, pods};
 use super::{image_volumes, volumes};
 use crate::config::HandlerKind;
 use crate::image::Image;
 use crate::sandbox::Sandbox;
-use crate::sandbox::host::apparmor;
-use crate::store::{ContainerRecord, ContainerState, Proto, UserRecord};
+use crate::store::{ContainerState, UserRecord};
 
-/// The most bytes of a seccomp profile.
-const MAX_PROFILE: u64 = 1 << 20;
 /// The most supplementary groups that are taken from a guest's word.
 const MAX_GROUPS: usize = 1024;
 
@@ -37,7 +35,7 @@ pub async fn create(
         .ok_or_else(|| CriError::invalid("the request has no container configuration"))?;
     let image = find_image(context, &config).await?;
     let volumes = image_volumes::find(context, &mut config.mounts).await?;
-    let record = record(&pod, config, &image, &volumes)?;
+    let record = record::of(&pod, config, &image, &volumes)?;
 
     // Whoever takes the pod apart waits until this has ended, one way or the other.
     let _making = pod.lifecycle.read().await;
@@ -57,11 +55,9 @@ pub async fn create(
     .await
     {
         Ok(()) => {
-            context.registry.emit(
-                cri::ContainerEventType::ContainerCreatedEvent,
-                &container.id,
-                &pod.id,
-            );
+            context
+                .registry
+                .emit(cri::ContainerEventType::ContainerCreatedEvent, &container);
             Ok(container.id.clone())
         }
         Err(error) => {
@@ -87,84 +83,6 @@ async fn find_image(context: &Context, config: &cri::ContainerConfig) -> Result<
     })
 }
 
-fn record(
-    pod: &Pod,
-    config: cri::ContainerConfig,
-    image: &Image,
-    volumes: &[Image],
-) -> Result<ContainerRecord, CriError> {
-    let metadata = config
-        .metadata
-        .clone()
-        .filter(|metadata| !metadata.name.is_empty())
-        .ok_or_else(|| {
-            CriError::invalid("the container configuration has no metadata with a name")
-        })?;
-    let pod_config = pod.record().config.0;
-    let of = pod_config.metadata.clone().unwrap_or_default();
-    let log_path = log_path(&pod_config.log_directory, &config.log_path)?;
-    let stop_signal = match signal::from_cri(config.stop_signal) {
-        Some(signal) => signal,
-        None if image.config.stop_signal.is_empty() => signal::TERM,
-        None => signal::parse(&image.config.stop_signal).ok_or_else(|| {
-            CriError::invalid(format!(
-                "the image's stop signal {} is not known; name one in the configuration",
-                image.config.stop_signal
-            ))
-        })?,
-    };
-    let resources = config
-        .linux
-        .as_ref()
-        .and_then(|linux| linux.resources.clone())
-        .unwrap_or_default();
-    Ok(ContainerRecord {
-        id: new_id(),
-        sandbox_id: pod.id.clone(),
-        name: format!(
-            "{}_{}_{}_{}_{}",
-            metadata.name, of.name, of.namespace, of.uid, metadata.attempt
-        ),
-        state: ContainerState::Creating,
-        created_at: now(),
-        started_at: 0,
-        finished_at: 0,
-        exit_code: 0,
-        reason: String::new(),
-        message: String::new(),
-        config: Proto(config),
-        resources: Proto(resources),
-        image_id: image.id.clone(),
-        image_ref: image.repo_digests.first().unwrap_or(&image.id).clone(),
-        layers: std::iter::once(image)
-            .chain(volumes)
-            .flat_map(|image| &image.layers)
-            .map(ToString::to_string)
-            .collect(),
-        log_path,
-        stop_signal,
-        process: Value::Null,
-        guest_pid: 0,
-        user: None,
-    })
-}
-
-/// The log's path on the host; empty when the client wants none.
-fn log_path(directory: &str, file: &str) -> Result<PathBuf, CriError> {
-    if directory.is_empty() || file.is_empty() {
-        return Ok(PathBuf::new());
-    }
-    let plain = Path::new(file)
-        .components()
-        .all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
-    if !plain || !directory.starts_with('/') {
-        return Err(CriError::invalid(format!(
-            "the log path {file} must be relative, without .., in an absolute log_directory (here {directory})"
-        )));
-    }
-    Ok(Path::new(directory).join(file))
-}
-
 /// What the image says of its process.
 pub fn image_defaults(image: &Image) -> ImageDefaults {
     let config = &image.config;
@@ -186,8 +104,8 @@ async fn make(
     image: &Image,
     volumes: &[Image],
 ) -> Result<(), CriError> {
-    let config = container.record().config.0;
-    let pod_config = pod.record().config.0;
+    let (record, pod_record) = (container.record(), pod.record());
+    let (config, pod_config) = (&record.config.0, &pod_record.config.0);
     let security = config
         .linux
         .as_ref()
@@ -195,18 +113,18 @@ async fn make(
         .unwrap_or_default();
 
     // Everything that can be refused without the guest is refused before the guest is touched.
-    let host = match pod.record().kind {
-        HandlerKind::Host => Some(host_pod(&config, &security, &pod_config).await?),
+    let host = match pod_record.kind {
+        HandlerKind::Host => Some(host_pod(config, &security, pod_config).await?),
         HandlerKind::MicroVm => None,
     };
     let mut input = spec::Input {
-        config: &config,
+        config,
         image: &image_defaults(image),
-        hostname: &pods::hostname(&pod_config, &pod.id),
-        shared_pid: pods::shares_pid(&pod_config),
+        hostname: &pods::hostname(pod_config, &pod.id),
+        shared_pid: pods::shares_pid(pod_config),
         target_pid: target_pid(context, &security, pod)?,
         volumes: &[],
-        seccomp_profile: seccomp_profile(&security).await?,
+        seccomp_profile: profiles::seccomp(&security).await?,
         host: host.as_ref(),
     };
     spec::build(&input)?;
@@ -262,34 +180,8 @@ async fn host_pod(
     Ok(spec::HostPod {
         namespaces: pods::namespaces(pod),
         devices,
-        apparmor: apparmor_profile(security).await?,
+        apparmor: profiles::apparmor(security).await?,
     })
-}
-
-/// The name of the AppArmor profile, which is loaded if it is the runtime's own; empty: none.
-async fn apparmor_profile(
-    security: &cri::LinuxContainerSecurityContext,
-) -> Result<String, CriError> {
-    let enabled = apparmor::enabled().await;
-    match spec::apparmor(security)? {
-        AppArmor::Unconfined => Ok(String::new()),
-        AppArmor::Named(name) if enabled => Ok(name),
-        AppArmor::Named(name) => Err(CriError::invalid(format!(
-            "the container asks for the AppArmor profile {name}, and the node's kernel has no AppArmor"
-        ))),
-        // Without AppArmor in the kernel the runtime's default is none.
-        AppArmor::Default { .. } if !enabled => Ok(String::new()),
-        AppArmor::Default { asked } => match apparmor::load_default().await {
-            Ok(()) => Ok(apparmor::DEFAULT_PROFILE.to_owned()),
-            Err(error) if asked => Err(CriError::precondition(format!(
-                "the runtime's AppArmor profile cannot be loaded: {error}"
-            ))),
-            Err(error) => {
-                tracing::warn!(%error, "a container runs without the runtime's AppArmor profile");
-                Ok(String::new())
-            }
-        },
-    }
 }
 
 /// Shows an image's layers to the agent, the lowest first: their paths there.
@@ -333,29 +225,6 @@ fn target_pid(
     Ok(Some(target.guest_pid))
 }
 
-async fn seccomp_profile(
-    security: &cri::LinuxContainerSecurityContext,
-) -> Result<Option<Value>, CriError> {
-    let Some(path) = spec::seccomp_file(security).filter(|_| !security.privileged) else {
-        return Ok(None);
-    };
-    let fail = |why: String| {
-        CriError::invalid(format!("the seccomp profile {path} cannot be used: {why}"))
-    };
-    let meta = tokio::fs::metadata(&path)
-        .await
-        .map_err(|e| fail(e.to_string()))?;
-    if !meta.is_file() || meta.len() > MAX_PROFILE {
-        return Err(fail("it is not a file of at most 1 MiB".into()));
-    }
-    let text = tokio::fs::read(&path)
-        .await
-        .map_err(|e| fail(e.to_string()))?;
-    serde_json::from_slice(&text)
-        .map(Some)
-        .map_err(|e| fail(e.to_string()))
-}
-
 /// Takes back what a failed create has made; what is left goes with the pod.
 pub(super) async fn undo(context: &Context, container: &Arc<Container>) {
     if let Some(sandbox) = container.pod.sandbox() {
@@ -378,23 +247,5 @@ pub(super) async fn undo(context: &Context, container: &Arc<Container>) {
     }
     if let Err(error) = context.registry.delete_container(container).await {
         tracing::error!(container = container.id, %error, "the container's record could not be deleted");
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn log_paths_stay_in_their_directory() {
-        assert_eq!(
-            log_path("/var/log/pods/p", "c/0.log").unwrap(),
-            Path::new("/var/log/pods/p/c/0.log")
-        );
-        assert_eq!(log_path("", "c/0.log").unwrap(), Path::new(""));
-        assert_eq!(log_path("/x", "").unwrap(), Path::new(""));
-        for (directory, file) in [("/x", "../y"), ("/x", "/etc/passwd"), ("x", "y")] {
-            assert!(log_path(directory, file).is_err(), "{directory} {file}");
-        }
     }
 }
