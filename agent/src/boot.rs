@@ -42,14 +42,16 @@ const NEW_ROOT: &str = "/.root";
 /// Files per process: the kernel's own limit for what PID 1 starts would be 4096.
 const FILES_MAX: u64 = 1 << 20;
 
+/// Everybody may ping, in a network namespace that this was set in.
+pub(crate) const PING_GROUPS: (&str, &str) = ("net/ipv4/ping_group_range", "0 2147483647");
+
 /// Kernel parameters that differ from the kernel's defaults. One that is not there is no error: the kernel
 /// decides what it has.
-const SYSCTLS: [(&str, &str); 7] = [
+const SYSCTLS: [(&str, &str); 6] = [
     // PIDs are not used again soon.
     ("kernel/pid_max", "4194304"),
     // As on any Kubernetes node: an allocation fails by the cgroup's limit and not by a guess.
     ("vm/overcommit_memory", "1"),
-    ("net/ipv4/ping_group_range", "0 2147483647"),
     ("fs/inotify/max_user_watches", "524288"),
     ("fs/inotify/max_user_instances", "8192"),
     ("kernel/keys/root_maxkeys", "1000000"),
@@ -120,7 +122,7 @@ pub fn settle() -> Result<(), BootError> {
     let mut timing = Timing::start();
     enable_controllers()?;
     timing.lap("controllers");
-    for (name, value) in SYSCTLS {
+    for (name, value) in SYSCTLS.into_iter().chain([PING_GROUPS]) {
         let _ = fs::write(Path::new("/proc/sys").join(name), value);
     }
     step(

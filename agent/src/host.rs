@@ -14,6 +14,7 @@ use std::sync::OnceLock;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::stat::{Mode, umask};
 use nix::unistd::{chdir, pivot_root};
 
 use crate::boot::{self, BootError, step};
@@ -143,6 +144,8 @@ impl Options {
 /// # Errors
 /// The first step that failed, with what it was about. The process must end then.
 pub fn enter(options: &Options) -> Result<(), BootError> {
+    // Users of containers pass through what is made here, whatever the daemon's mask is.
+    umask(Mode::from_bits_truncate(0o022));
     step(check_cgroup(), || {
         format!("use the host's cgroups at {}", paths::CGROUP)
     })?;

@@ -38,7 +38,10 @@ async fn all(mut events: Streaming<cri::ContainerEventResponse>, pod: &str) -> V
         if kind == Kind::ContainerDeletedEvent && id == pod {
             // By this a kubelet knows whose sandbox it was.
             let status = event.pod_sandbox_status.expect("the last status");
-            assert_eq!(status.metadata.expect("metadata").uid, "uid-events");
+            assert_eq!(
+                status.metadata.as_ref().expect("metadata").uid,
+                "uid-events"
+            );
             assert_eq!(status.state(), cri::PodSandboxState::SandboxNotready);
             return seen;
         }

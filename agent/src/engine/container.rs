@@ -7,16 +7,14 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::cgroup::{Cgroup, Detail, Stats};
-use super::channel::{Channel, Message};
+use super::channel::Channel;
 use super::error::EngineError;
-use super::launch::{Launched, launch};
+use super::namespaces::UserNamespace;
 use super::plan::{Create, Exec, Plan, State};
-use super::prepare::{PREPARE_TIME, Prepared, receive, run_hooks, start};
+use super::prepare::{Prepared, run_hooks, start};
 use super::rootfs::{self, Mounted, RootFs};
 use super::seccomp::{self, Filter};
-use super::spec::{
-    Hook, Hooks, IdMapping, Linux, LinuxResources, NamespaceKind, Personality, Process, Spec,
-};
+use super::spec::{Hook, Hooks, LinuxResources, NamespaceKind, Personality, Process, Spec};
 use super::{Stdio, paths, sys};
 
 /// A container: its first process, control group, root file system and what its other processes share.
@@ -32,6 +30,7 @@ pub struct Container {
     rootfs: Mutex<Option<Mounted>>,
     upper: PathBuf,
     namespaces: Vec<NamespaceKind>,
+    user_namespace: Option<UserNamespace>,
     filter: Option<Filter>,
     personality: Option<Personality>,
     hooks: Mutex<Hooks>,
@@ -100,7 +99,7 @@ impl Container {
     ) -> Result<(Self, Option<OwnedFd>), EngineError> {
         let linux = spec.linux().into_owned();
         let filter = linux.seccomp.as_ref().map(seccomp::compile).transpose()?;
-        let ids = user_namespace(&linux)?;
+        let ids = UserNamespace::of(&linux)?;
         let mounted = Mounted::mount(id, rootfs, rootfs::borrow(&ids))?;
         let state = State {
             oci_version: spec.oci_version.clone(),
@@ -116,8 +115,9 @@ impl Container {
             let resources = linux.resources.as_ref().unwrap_or(&empty);
             cgroup.apply(resources)?;
             cgroup.restrict_devices(Some(resources))?;
-            if ids.is_some() {
-                delegate(&cgroup, &linux)?;
+            if let Some(ids) = &ids {
+                ids.own_cgroup(&cgroup)?;
+                ids.own_streams(stdio)?;
             }
             let hooks = spec.hooks.clone().unwrap_or_default();
             let plan = Plan::Create(Box::new(Create {
@@ -155,6 +155,7 @@ impl Container {
             rootfs: Mutex::new(Some(mounted)),
             cgroup,
             namespaces: linux.namespaces.iter().map(|one| one.kind).collect(),
+            user_namespace: ids,
             filter,
             personality: linux.personality,
             hooks: Mutex::new(hooks),
@@ -208,6 +209,9 @@ impl Container {
         if sys::signal(self.pidfd.as_fd(), 0).is_err() {
             return Err(self.in_state("is not running"));
         }
+        if let Some(ids) = &self.user_namespace {
+            ids.own_streams(&stdio)?;
+        }
         let group = self.current_cgroup()?;
         let process = Prepared::start(&plan, &stdio, &group, Some(self.pidfd.as_fd()))?;
         let run = || {
@@ -254,7 +258,7 @@ impl Container {
     }
 
     /// User, group and supplementary groups of the first process, as the kernel has them: whatever names the spec has
-    /// are resolved by then. `None` once the process has ended.
+    /// are resolved by then, and those of a user namespace are as it calls them. `None` once the process has ended.
     #[must_use]
     pub fn identity(&self) -> Option<(u32, u32, Vec<u32>)> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).ok()?;
@@ -262,11 +266,15 @@ impl Container {
             let line = status.lines().find_map(|line| line.strip_prefix(name))?;
             Some(line.split_whitespace().flat_map(str::parse).collect())
         };
-        Some((
+        let identity = (
             *numbers("Uid:")?.first()?,
             *numbers("Gid:")?.first()?,
             numbers("Groups:")?,
-        ))
+        );
+        Some(match &self.user_namespace {
+            Some(ids) => ids.inside(identity),
+            None => identity,
+        })
     }
 
     /// Sends a signal to the first process; one that has ended is not an error.
@@ -417,68 +425,6 @@ fn check_signal(signal: i32) -> Result<(), EngineError> {
             "{signal} is not a signal: 1 to 64"
         )))
     }
-}
-
-/// The user namespace the container gets: a new one with its mappings, or the one to join.
-fn user_namespace(linux: &Linux) -> Result<Option<OwnedFd>, EngineError> {
-    let Some(namespace) = linux
-        .namespaces
-        .iter()
-        .find(|namespace| namespace.kind == NamespaceKind::User)
-    else {
-        return Ok(None);
-    };
-    if !namespace.path.is_empty() {
-        return File::open(&namespace.path)
-            .map(|file| Some(file.into()))
-            .map_err(|error| {
-                EngineError::system(format!("open the user namespace {}", namespace.path), error)
-            });
-    }
-    let Launched { pid, channel } = launch(&Plan::UserNamespace, &Stdio::default(), None, None)?;
-    let namespace = match receive(&channel, PREPARE_TIME)? {
-        Message::Ready(Some(namespace)) => namespace,
-        _ => return Err(EngineError::Init("no user namespace was made".to_owned())),
-    };
-    for (file, field, mappings) in [
-        ("uid_map", "uidMappings", &linux.uid_mappings),
-        ("gid_map", "gidMappings", &linux.gid_mappings),
-    ] {
-        let line = |mapping: &IdMapping| {
-            format!(
-                "{} {} {}\n",
-                mapping.container_id, mapping.host_id, mapping.size
-            )
-        };
-        let text: String = mappings.iter().map(line).collect();
-        fs::write(format!("/proc/{pid}/{file}"), text)
-            .map_err(|error| EngineError::resource(&format!("linux.{field}"), error))?;
-    }
-    Ok(Some(namespace))
-}
-
-/// Gives the group to root of the container's user namespace, as far as systemd and the like need it.
-fn delegate(cgroup: &Cgroup, linux: &Linux) -> Result<(), EngineError> {
-    let root = |mappings: &[IdMapping]| {
-        mappings
-            .iter()
-            .find(|mapping| mapping.container_id == 0 && mapping.size > 0)
-            .map(|mapping| mapping.host_id)
-    };
-    let (Some(uid), Some(gid)) = (root(&linux.uid_mappings), root(&linux.gid_mappings)) else {
-        return Ok(());
-    };
-    for file in [
-        "",
-        "cgroup.procs",
-        "cgroup.threads",
-        "cgroup.subtree_control",
-    ] {
-        let path = cgroup.directory().join(file);
-        std::os::unix::fs::chown(&path, Some(uid), Some(gid))
-            .map_err(|error| EngineError::system(format!("give away {}", path.display()), error))?;
-    }
-    Ok(())
 }
 
 #[cfg(test)]

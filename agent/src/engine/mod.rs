@@ -17,6 +17,7 @@ mod container;
 mod error;
 mod init;
 mod launch;
+mod namespaces;
 pub mod paths;
 mod plan;
 mod prepare;
@@ -33,6 +34,7 @@ pub use error::EngineError;
 pub use init::init_main;
 pub(crate) use init::sysctl::check as check_sysctl;
 pub use launch::INIT;
+pub use namespaces::make_pod_namespaces;
 pub use rootfs::{ImageVolume, RootFs};
 
 /// The container's ends of its standard streams; what is missing is `/dev/null`. Not used by a process with a terminal.

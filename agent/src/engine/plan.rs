@@ -16,8 +16,11 @@ pub(crate) enum Plan {
     Exec(Box<Exec>),
     /// Run hooks in the agent's namespaces, and report.
     Hooks(Vec<Hook>, State),
-    /// Make a user namespace and hand it over.
-    UserNamespace,
+    /// Make a user namespace and stay in it for a while; for a pod with those that it owns.
+    Namespaces {
+        /// For a pod.
+        pod: bool,
+    },
 }
 
 /// A container to make.

@@ -4,7 +4,9 @@
 use std::collections::BTreeSet;
 
 use super::plan::{Plan, Scratch};
-use super::{Context, SandboxError, create_dir, dns, pidns, storage, sysctl};
+use super::{
+    SandboxError, create_dir, dns, in_pod, namespaces, set_hostname, share, storage, sysctl,
+};
 use crate::engine;
 use crate::host::Own;
 use crate::paths;
@@ -12,18 +14,17 @@ use crate::paths;
 /// Sets the sandbox up; see [`super::set_up`]. The interfaces are there already, and only named in the hosts file.
 pub fn set_up(plan: &Plan, own: &Own) -> Result<(), SandboxError> {
     check(plan, own)?;
-    sysctl::apply(&plan.sysctls)?;
-    if own.uts && !plan.hostname.is_empty() {
-        nix::unistd::sethostname(&plan.hostname)
-            .context(|| format!("set hostname {}", plan.hostname))?;
+    if let Some(ids) = &plan.user_ids {
+        namespaces::create(ids)?;
     }
+    in_pod(|| {
+        sysctl::apply(&plan.sysctls)?;
+        if own.uts { set_hostname(plan) } else { Ok(()) }
+    })?;
     create_dir(paths::SANDBOX)?;
     storage::mount_shm()?;
     dns::write(plan, own.hosts.as_deref().unwrap_or(dns::HOSTS))?;
-    if plan.shared_pid_namespace {
-        pidns::create()?;
-    }
-    Ok(())
+    share(plan)
 }
 
 fn check(plan: &Plan, own: &Own) -> Result<(), SandboxError> {
@@ -41,6 +42,12 @@ fn check(plan: &Plan, own: &Own) -> Result<(), SandboxError> {
     }
     if !matches!(plan.scratch, Scratch::Tmpfs(0)) {
         return Err(not_here("scratch", "is a disk of a machine"));
+    }
+    if plan.user_ids.is_some() && !(own.network && own.ipc && own.uts) {
+        return Err(SandboxError::invalid(
+            "user_namespace",
+            "is for a pod that shares no namespace with the host",
+        ));
     }
     let mut namespaces = BTreeSet::new();
     if own.network {
@@ -61,6 +68,7 @@ fn check(plan: &Plan, own: &Own) -> Result<(), SandboxError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sandbox::plan::UserIds;
 
     #[test]
     fn what_is_the_hosts_is_refused() {
@@ -90,5 +98,11 @@ mod tests {
             ..Plan::default()
         };
         assert!(check(&clock, &own(true, true)).is_err());
+        let mapped = Plan {
+            user_ids: Some(UserIds::default()),
+            ..Plan::default()
+        };
+        check(&mapped, &own(true, true)).unwrap();
+        assert!(check(&mapped, &own(false, true)).is_err());
     }
 }

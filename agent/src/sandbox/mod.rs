@@ -3,6 +3,7 @@
 mod clock;
 mod dns;
 mod host;
+pub mod namespaces;
 mod netlink;
 mod network;
 pub mod pidns;
@@ -80,11 +81,15 @@ pub fn set_up(plan: &Plan) -> Result<(), SandboxError> {
     if let Some(time) = plan.unix_time_ns {
         clock::set(time)?;
     }
-    sysctl::apply(&plan.sysctls)?;
-    if !plan.hostname.is_empty() {
-        nix::unistd::sethostname(&plan.hostname)
-            .context(|| format!("set hostname {}", plan.hostname))?;
+    if let Some(ids) = &plan.user_ids {
+        namespaces::create(ids)?;
+        namespaces::move_network(&plan.interfaces)?;
+        timing.lap("user namespace");
     }
+    in_pod(|| {
+        sysctl::apply(&plan.sysctls)?;
+        set_hostname(plan)
+    })?;
     timing.lap("identity");
     create_dir(paths::SANDBOX)?;
     storage::mount_shared(&plan.shared_mounts)?;
@@ -93,15 +98,35 @@ pub fn set_up(plan: &Plan) -> Result<(), SandboxError> {
     timing.lap("scratch");
     storage::mount_shm()?;
     timing.lap("shm");
-    network::configure(&plan.interfaces, &plan.routes)?;
+    in_pod(|| network::configure(&plan.interfaces, &plan.routes))?;
     timing.lap("network");
     dns::write(plan, dns::HOSTS)?;
-    if plan.shared_pid_namespace {
-        pidns::create()?;
-        timing.lap("pid namespace");
-    }
+    share(plan)?;
+    timing.lap("pid namespace");
     timing.tell("sandbox");
     Ok(())
+}
+
+/// Makes the rest of what the containers share, once its files are there.
+fn share(plan: &Plan) -> Result<(), SandboxError> {
+    if let Some(ids) = &plan.user_ids {
+        namespaces::own_files(ids)?;
+    }
+    if plan.shared_pid_namespace {
+        pidns::create(plan.user_ids.is_some())?;
+    }
+    Ok(())
+}
+
+fn in_pod(work: impl FnOnce() -> Result<(), SandboxError> + Send) -> Result<(), SandboxError> {
+    namespaces::inside(work).context(|| "enter the pod's namespaces".into())?
+}
+
+fn set_hostname(plan: &Plan) -> Result<(), SandboxError> {
+    if plan.hostname.is_empty() {
+        return Ok(());
+    }
+    nix::unistd::sethostname(&plan.hostname).context(|| format!("set hostname {}", plan.hostname))
 }
 
 /// Undoes the mounts, when the agent ends outside of a guest that ends with it.

@@ -5,7 +5,7 @@
 
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto, socket,
@@ -82,6 +82,12 @@ impl Netlink {
     pub fn rename(&mut self, index: u32, name: &str) -> io::Result<()> {
         let name = [name.as_bytes(), b"\0"].concat();
         self.request(link(index, 0).attribute(libc::IFLA_IFNAME, &name))
+    }
+
+    /// Moves an interface to another network namespace.
+    pub fn move_to(&mut self, index: u32, namespace: BorrowedFd<'_>) -> io::Result<()> {
+        let descriptor = namespace.as_raw_fd().to_ne_bytes();
+        self.request(link(index, 0).attribute(libc::IFLA_NET_NS_FD, &descriptor))
     }
 
     /// Sets an interface's MTU.

@@ -1,6 +1,7 @@
 //! Interfaces and routes of the pod.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 
 use nix::ifaddrs::getifaddrs;
 use nix::net::if_::if_nametoindex;
@@ -62,6 +63,22 @@ pub fn configure(interfaces: &[Interface], routes: &[Route]) -> Result<(), Sandb
                     destination.address, destination.prefix, route.device
                 )
             })?;
+    }
+    Ok(())
+}
+
+/// Moves the interfaces to another network namespace, before they are configured there.
+pub fn move_to(interfaces: &[Interface], namespace: BorrowedFd<'_>) -> Result<(), SandboxError> {
+    if interfaces.is_empty() {
+        return Ok(());
+    }
+    let mut netlink = Netlink::open().context(|| "open rtnetlink".into())?;
+    for interface in interfaces {
+        let name =
+            find(&interface.mac).context(|| format!("find the device of {}", interface.name))?;
+        netlink
+            .move_to(index_of(&name)?, namespace)
+            .context(|| format!("move {name} to the pod's network namespace"))?;
     }
     Ok(())
 }

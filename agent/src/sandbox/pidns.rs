@@ -10,11 +10,11 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{SigHandler, SigSet, Signal, kill, signal};
 use nix::unistd::{ForkResult, Pid, fork, pause};
 
-use super::{Context, SandboxError, create_dir};
+use super::{Context, SandboxError, create_dir, namespaces};
 use crate::paths;
 
 /// The first argument that makes the binary the pause process.
@@ -26,10 +26,11 @@ fn bind_path() -> PathBuf {
     Path::new(paths::NAMESPACES).join("pid")
 }
 
-/// Starts the pause process and keeps its namespace at `/run/caisson/ns/pid`.
-pub fn create() -> Result<(), SandboxError> {
+/// Starts the pause process and keeps its namespace at `/run/caisson/ns/pid`. It belongs to the pod's user namespace if
+/// there is one (`mapped`).
+pub fn create(mapped: bool) -> Result<(), SandboxError> {
     create_dir(paths::NAMESPACES)?;
-    let pid = start().context(|| "start the process of the shared PID namespace".into())?;
+    let pid = start(mapped).context(|| "start the process of the shared PID namespace".into())?;
     PAUSE_PID.store(pid, Ordering::Relaxed);
     let path = bind_path();
     File::create(&path).context(|| format!("create {}", path.display()))?;
@@ -55,9 +56,10 @@ pub fn remove() {
 
 /// Starts the binary again; that process forks PID 1 of the new namespace, says its PID and ends. The reaper
 /// takes its status; here only its output is awaited.
-fn start() -> io::Result<i32> {
+fn start(mapped: bool) -> io::Result<i32> {
     let mut child = Command::new(&crate::engine::paths::get().program)
         .arg(PAUSE)
+        .args(mapped.then(namespaces::user))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()?;
@@ -75,6 +77,10 @@ fn start() -> io::Result<i32> {
 
 /// The pause process itself. Does not return while the namespace lives.
 pub fn main() -> io::Result<()> {
+    // The user namespace to which the new one is to belong.
+    if let Some(user) = std::env::args_os().nth(2) {
+        setns(File::open(user)?, CloneFlags::CLONE_NEWUSER)?;
+    }
     unshare(CloneFlags::CLONE_NEWPID)?;
     // SAFETY: this process has one thread, so that the child may do anything.
     match unsafe { fork() }? {
@@ -83,6 +89,8 @@ pub fn main() -> io::Result<()> {
             io::stdout().flush()
         }
         ForkResult::Child => {
+            // The containers see it, and must not get at the agent's files through it.
+            nix::sys::prctl::set_dumpable(false)?;
             SigSet::all().thread_block()?;
             // Children of PID 1 that are ignored are reaped by the kernel.
             // SAFETY: SIG_IGN runs no code.

@@ -6,6 +6,7 @@ use std::path::{Component, Path, PathBuf};
 use caisson_proto::agent::SetupSandboxRequest;
 
 use super::{Cidr, SandboxError, sysctl};
+use crate::engine::spec::IdMapping;
 
 const INTERFACES_MAX: usize = 32;
 const ADDRESSES_MAX: usize = 64;
@@ -46,6 +47,17 @@ pub struct Plan {
     pub entropy: Vec<u8>,
     /// Whether containers can share a PID namespace.
     pub shared_pid_namespace: bool,
+    /// The IDs of the pod's user namespace; `None`: it has none.
+    pub user_ids: Option<UserIds>,
+}
+
+/// The IDs of a pod's user namespace.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct UserIds {
+    /// Of users.
+    pub uids: IdMapping,
+    /// Of groups.
+    pub gids: IdMapping,
 }
 
 /// A network device.
@@ -166,6 +178,7 @@ impl TryFrom<SetupSandboxRequest> for Plan {
             unix_time_ns: (request.unix_time_ns != 0).then_some(request.unix_time_ns),
             entropy: request.entropy,
             shared_pid_namespace: request.shared_pid_namespace,
+            user_ids: request.user_namespace.map(user_ids).transpose()?,
         })
     }
 }
@@ -308,6 +321,32 @@ fn route(route: caisson_proto::agent::Route) -> Result<Route, SandboxError> {
         device: route.device,
         priority: (route.priority != 0).then_some(route.priority),
         mtu: mtu("routes", route.mtu)?,
+    })
+}
+
+fn user_ids(namespace: caisson_proto::agent::UserNamespace) -> Result<UserIds, SandboxError> {
+    let range = |range: Option<caisson_proto::agent::IdRange>| {
+        let range = range.unwrap_or_default();
+        // The last ID of all means none.
+        let end = range.first.checked_add(range.length);
+        if range.length == 0 || end.is_none() {
+            return Err(SandboxError::invalid(
+                "user_namespace",
+                format!(
+                    "{} IDs from {} on are no range of IDs",
+                    range.length, range.first
+                ),
+            ));
+        }
+        Ok(IdMapping {
+            container_id: 0,
+            host_id: range.first,
+            size: range.length,
+        })
+    };
+    Ok(UserIds {
+        uids: range(namespace.uids)?,
+        gids: range(namespace.gids)?,
     })
 }
 
@@ -454,6 +493,18 @@ mod tests {
             "/run/caissonx/a",
         ] {
             assert!(error(mount(path)).starts_with("shared_mounts: "), "{path}");
+        }
+        let ids = |first, length| Some(agent::IdRange { first, length });
+        for (uids, gids) in [
+            (ids(1000, 10), None),
+            (ids(1000, 10), ids(1000, 0)),
+            (ids(u32::MAX, 1), ids(1000, 10)),
+        ] {
+            let namespace = SetupSandboxRequest {
+                user_namespace: Some(agent::UserNamespace { uids, gids }),
+                ..Default::default()
+            };
+            assert!(error(namespace).starts_with("user_namespace: "));
         }
         assert!(
             error(SetupSandboxRequest {

@@ -17,6 +17,7 @@ use super::containers::with_engine;
 use super::error::ServiceError;
 use super::pod::Pod;
 use crate::reaper::unix_time_ns;
+use crate::sandbox::namespaces;
 use crate::{engine, paths, warn};
 
 /// How long one container's reading may take before the answer leaves it out.
@@ -178,7 +179,10 @@ fn sandbox_stats() -> SandboxStats {
             (total, total.saturating_sub(used))
         }
     };
-    let network = fs::read_to_string("/proc/net/dev").unwrap_or_default();
+    // Of the thread, which is not in the agent's network namespace if the pod has one of its own.
+    let network = namespaces::inside(|| fs::read_to_string("/proc/thread-self/net/dev"))
+        .flatten()
+        .unwrap_or_default();
     SandboxStats {
         timestamp_ns: u64::try_from(unix_time_ns()).unwrap_or(0),
         cpu_usage_ns: field(&cpu, "usage_usec").unwrap_or(0).saturating_mul(1000),

@@ -1,13 +1,14 @@
-//! Connections to ports inside the pod, for port-forward: the agent dials, in its own network namespace, which is the pod's.
+//! Connections to ports inside the pod, for port-forward: the agent dials, with sockets of the pod's network namespace.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, copy_bidirectional_with_sizes};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 
 use super::endpoint::CHUNK;
+use crate::sandbox::namespaces;
 
 /// How long one address may take to answer. Both fit into the time that the other side waits.
 const LIMIT: Duration = Duration::from_secs(4);
@@ -22,7 +23,8 @@ pub async fn connect(port: u16) -> Result<TcpStream, String> {
         SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
         SocketAddr::from((Ipv6Addr::LOCALHOST, port)),
     ] {
-        match tokio::time::timeout(LIMIT, TcpStream::connect(address)).await {
+        let dialled = async { socket(address)?.connect(address).await };
+        match tokio::time::timeout(LIMIT, dialled).await {
             Ok(Ok(stream)) => {
                 // Small writes are a person who types, or a request.
                 let _ = stream.set_nodelay(true);
@@ -33,6 +35,14 @@ pub async fn connect(port: u16) -> Result<TcpStream, String> {
         }
     }
     Err(format!("cannot connect to {}", refusals.join("; ")))
+}
+
+/// A socket that belongs to the pod's network, whoever uses it.
+fn socket(address: SocketAddr) -> io::Result<TcpSocket> {
+    namespaces::inside(|| match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4(),
+        SocketAddr::V6(_) => TcpSocket::new_v6(),
+    })?
 }
 
 /// Moves bytes between a client and an application until both directions have ended. `first` came with the request.

@@ -1,7 +1,11 @@
 //! What a process may do: users, rights, filters, namespaces.
 
 use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::PathBuf;
 
+use caisson_agent::engine::make_pod_namespaces;
+use caisson_agent::engine::spec::IdMapping;
 use serde_json::json;
 
 use super::Test;
@@ -22,6 +26,7 @@ pub const TESTS: &[Test] = &[
     ),
     ("no_pid_namespace", no_pid_namespace),
     ("user_namespace", user_namespace),
+    ("pod_namespaces", pod_namespaces),
     ("time_namespace", time_namespace),
     ("kernel_parameters", kernel_parameters),
     ("personality", personality),
@@ -234,6 +239,78 @@ fn user_namespace() {
         "{err}"
     );
     assert!(!shared.join("x").exists());
+}
+
+fn pod_namespaces() {
+    let (namespaces, mapped, plain) = (
+        directory("namespaces"),
+        directory("mapped"),
+        directory("plain"),
+    );
+    for volume in [&mapped, &plain] {
+        fs::set_permissions(volume, fs::Permissions::from_mode(0o777)).unwrap();
+    }
+    let ids = |first| IdMapping {
+        container_id: 0,
+        host_id: first,
+        size: 65_536,
+    };
+    make_pod_namespaces(ids(100_000), ids(200_000), &namespaces).unwrap();
+    let mut document = spec(
+        "readlink /proc/self/ns/user; stat -c '%u:%g' /mapped /plain; echo x > /mapped/x; echo x > /plain/x; chown 5:6 /plain/x; \
+         echo one > /dev/other; echo $?; chown 70000 /plain/x 2>/dev/null; echo $?; echo again > /dev/stdout; touch /tmp/ready; exec sleep 1000",
+    );
+    for (kind, name) in [
+        ("user", "user"),
+        ("network", "net"),
+        ("ipc", "ipc"),
+        ("uts", "uts"),
+    ] {
+        add_namespace(&mut document, kind, namespaces.join(name).to_str().unwrap());
+    }
+    let (uids, gids) = (json!([ids(100_000)]), json!([ids(200_000)]));
+    document["linux"]["uidMappings"] = uids.clone();
+    document["linux"]["gidMappings"] = gids.clone();
+    document["linux"]["devices"] =
+        json!([{"path": "/dev/other", "type": "c", "major": 1, "minor": 3}]);
+    document["linux"]["resources"]["devices"] = json!([{"allow": false, "access": "rwm"}, {"allow": true, "type": "c", "major": 1, "minor": 3, "access": "rw"}]);
+    add_mount(
+        &mut document,
+        json!({"destination": "/mapped", "type": "bind", "source": mapped, "options": ["bind"], "uidMappings": uids, "gidMappings": gids}),
+    );
+    add_mount(
+        &mut document,
+        json!({"destination": "/plain", "type": "bind", "source": plain, "options": ["bind"]}),
+    );
+    let running = start(&document);
+    running.ready();
+    assert_eq!(running.container.identity().unwrap().0, 0);
+    let shell = json!({"args": ["sh", "-c", "id -u; readlink /proc/self/ns/user; echo more > /dev/stderr"], "env": ["PATH=/bin"], "cwd": "/", "user": {"uid": 0, "gid": 0}});
+    let (code, out, err) = running.exec(shell);
+    assert_eq!((code, err.as_str()), (0, "more\n"));
+    let namespace = out.lines().nth(1).unwrap().to_owned();
+    running.container.destroy().unwrap();
+    let (_, out, err) = running.end();
+    assert_eq!(
+        out,
+        format!("{namespace}\n0:0\n65534:65534\n0\n1\nagain\n"),
+        "{err}"
+    );
+    let owner = |path: PathBuf| {
+        let status = fs::metadata(path).unwrap();
+        (status.uid(), status.gid())
+    };
+    assert_eq!(owner(mapped.join("x")), (0, 0));
+    assert_eq!(owner(plain.join("x")), (100_005, 200_006));
+    // Another container of the pod is in the same.
+    let mut other = spec("readlink /proc/self/ns/user");
+    for field in ["namespaces", "uidMappings", "gidMappings"] {
+        other["linux"][field] = document["linux"][field].clone();
+    }
+    assert_eq!(output(&other).trim(), namespace);
+    for name in ["user", "net", "ipc", "uts"] {
+        nix::mount::umount(&namespaces.join(name)).unwrap();
+    }
 }
 
 fn time_namespace() {

@@ -10,6 +10,7 @@ use tonic::{Request, Response, Status};
 
 use super::containers::{self, exec, log, stats};
 use super::{Context, CriError, RUNTIME_NAME, conditions, detached, listing, metrics, pods};
+use crate::sandbox::ids;
 use crate::streaming;
 
 type Answer<T> = Result<Response<T>, Status>;
@@ -65,11 +66,12 @@ impl RuntimeService for Service {
             let config = serde_json::to_string(&self.context.config).unwrap_or_default();
             info.insert("config".to_owned(), config);
         }
+        let user_namespaces = ids::usable(&self.context.config.root).await;
         let handler = |name: &str| cri::RuntimeHandler {
             name: name.to_owned(),
             features: Some(cri::RuntimeHandlerFeatures {
                 recursive_read_only_mounts: true,
-                user_namespaces: false,
+                user_namespaces,
             }),
         };
         let names = self.context.config.usable_handlers().map(|(name, _)| name);

@@ -12,6 +12,8 @@ use std::sync::Arc;
 
 pub use cni::{Cni, CniConfig, PortMapping};
 
+use crate::sandbox::ids::UserIds;
+
 /// A pod's network as the sandbox needs it.
 #[derive(Clone, Debug)]
 pub struct PodNetwork {
@@ -121,13 +123,19 @@ impl Network {
     }
 
     /// Makes the pod's network namespace, lets the CNI plugins fill it, and puts a tap beside their interface if a guest
-    /// is to have it. What was made is unmade again if a step fails.
+    /// is to have it. What was made is unmade again if a step fails. With `ids` the network namespace belongs to a user
+    /// namespace that has them.
     ///
     /// # Errors
     /// [`NetworkError`]: the step or plugin that failed and why.
-    pub async fn setup(&self, pod: &PodIdentity, guest: bool) -> Result<PodNetwork, NetworkError> {
+    pub async fn setup(
+        &self,
+        pod: &PodIdentity,
+        guest: bool,
+        ids: Option<UserIds>,
+    ) -> Result<PodNetwork, NetworkError> {
         let netns = self.netns_path(&pod.id);
-        let made = self.try_setup(pod, &netns, guest).await;
+        let made = self.try_setup(pod, &netns, guest, ids).await;
         if made.is_err()
             && let Err(error) = self.teardown(pod).await
         {
@@ -141,8 +149,9 @@ impl Network {
         pod: &PodIdentity,
         netns: &Path,
         guest: bool,
+        ids: Option<UserIds>,
     ) -> Result<PodNetwork, NetworkError> {
-        netns::create(&pod.id, netns.to_owned()).await?;
+        netns::create(&pod.id, netns.to_owned(), ids).await?;
         self.cni.add(pod, netns).await?;
         let (path, name) = (netns.to_owned(), cni::INTERFACE.to_owned());
         let (interface, routes, tap) = tap::attach(&pod.id, path, name, guest).await?;

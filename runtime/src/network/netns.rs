@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -9,9 +10,11 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 
 use super::NetworkError;
+use crate::sandbox::ids::{self, UserIds};
 
-/// Makes a network namespace and binds it to `path`. One that is there already is kept.
-pub async fn create(id: &str, path: PathBuf) -> Result<(), NetworkError> {
+/// Makes a network namespace and binds it to `path`. One that is there already is kept. With `ids` it belongs to a user
+/// namespace that has them.
+pub async fn create(id: &str, path: PathBuf, ids: Option<UserIds>) -> Result<(), NetworkError> {
     on_thread(id, "create the network namespace", move || {
         if is_namespace(&path) {
             return Ok(());
@@ -20,16 +23,17 @@ pub async fn create(id: &str, path: PathBuf) -> Result<(), NetworkError> {
             fs::create_dir_all(dir)?;
         }
         fs::File::create(&path)?;
+        let bind = |namespace: &str| {
+            let none = None::<&str>;
+            mount(Some(namespace), &path, none, MsFlags::MS_BIND, none)
+        };
+        if let Some(ids) = ids {
+            let namespace = ids::network_namespace(&ids)?;
+            return Ok(bind(&format!("/proc/self/fd/{}", namespace.as_raw_fd()))?);
+        }
         // The thread ends after this, and with it the only other hold on the namespace.
         unshare(CloneFlags::CLONE_NEWNET)?;
-        mount(
-            Some("/proc/thread-self/ns/net"),
-            &path,
-            None::<&str>,
-            MsFlags::MS_BIND,
-            None::<&str>,
-        )?;
-        Ok(())
+        Ok(bind("/proc/thread-self/ns/net")?)
     })
     .await
 }
@@ -108,8 +112,8 @@ mod tests {
         }
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("ns");
-        create("t", path.clone()).await.unwrap();
-        create("t", path.clone()).await.unwrap();
+        create("t", path.clone(), None).await.unwrap();
+        create("t", path.clone(), None).await.unwrap();
         let links = inside("t", "look", path.clone(), || {
             Ok(fs::read_to_string("/proc/thread-self/net/dev")?
                 .lines()

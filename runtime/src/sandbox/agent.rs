@@ -13,6 +13,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
 
+use super::ids::{self, UserIds};
 use crate::network::PodNetwork;
 
 /// How long the guest may take to accept a connection or to answer a header line.
@@ -48,6 +49,20 @@ pub fn client(address: Address) -> AgentClient<Channel> {
     // The address is never dialled: the connector above is.
     let channel = Endpoint::from_static("http://agent").connect_with_connector_lazy(connector);
     AgentClient::new(channel).max_decoding_message_size(MAX_ANSWER)
+}
+
+/// The IDs of a pod as its agent is told them.
+pub fn user_namespace(ids: Option<&UserIds>) -> Option<proto::UserNamespace> {
+    let range = |range: ids::IdRange| {
+        Some(proto::IdRange {
+            first: range.first,
+            length: range.length,
+        })
+    };
+    ids.map(|ids| proto::UserNamespace {
+        uids: range(ids.uids),
+        gids: range(ids.gids),
+    })
 }
 
 /// The pod's interface as the agent is told it.

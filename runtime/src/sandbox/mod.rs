@@ -5,6 +5,7 @@
 
 mod agent;
 pub mod host;
+pub mod ids;
 pub mod microvm;
 pub mod pod;
 
@@ -17,6 +18,7 @@ use caisson_vmm_protocol::ExitReason;
 use tokio::sync::watch;
 use tonic::transport::Channel;
 
+use self::ids::UserIds;
 use self::pod::PodProcess;
 use crate::network::PodNetwork;
 use crate::timings::Timings;
@@ -46,6 +48,8 @@ pub struct SandboxPlan {
     pub scratch_bytes: u64,
     /// What a pod on the host shares with it.
     pub host: HostNamespaces,
+    /// The IDs of the pod's user namespace; `None`: it has none.
+    pub ids: Option<UserIds>,
 }
 
 /// Namespaces of the host that a pod on the host shares. Its PID namespaces are its containers' affair.
@@ -107,6 +111,8 @@ pub struct VolumeOptions {
     pub recursive_read_only: bool,
     /// What the host mounts below it later appears.
     pub follows_host: bool,
+    /// Its owners on the host are the pod's: 0 there is 0 in the pod. Of the mount at the top alone.
+    pub ids: Option<UserIds>,
 }
 
 /// A volume as the agent finds it.
@@ -117,6 +123,8 @@ pub struct SharedVolume {
     /// It is read-only in part. For the agent it is one mount, which has to be writable; the sandbox refuses the writes
     /// that must not be.
     pub partly_writable: bool,
+    /// What is left to the agent of [`VolumeOptions::ids`].
+    pub ids: Option<UserIds>,
 }
 
 /// Why a sandbox could not do what was asked.

@@ -6,10 +6,10 @@ use nix::mount::MsFlags;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::{Mode, umask};
 
-use super::host::Sources;
 use super::mount_options::propagation;
 use super::process::Ending;
 use super::resolve::Tree;
+use super::sources::Sources;
 use super::{During, Step, console, devices, hooks, mounts, process, root, stage, sysctl};
 use crate::engine::channel::{Channel, Message};
 use crate::engine::plan::{Create, Exec};

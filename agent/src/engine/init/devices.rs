@@ -1,7 +1,9 @@
 //! Device nodes of a container (config-linux.md, "Devices" and "Default Devices").
 
+use std::fs;
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag};
@@ -83,12 +85,43 @@ fn remove(parent: &impl AsFd, name: &str) -> io::Result<()> {
     }
 }
 
+/// Where the agent has this device: at the same path, or where the kernel has made it.
+fn find(device: &Device) -> io::Result<String> {
+    let (class, kind) = match device.kind.as_str() {
+        "b" => ("block", libc::S_IFBLK),
+        _ => ("char", libc::S_IFCHR),
+    };
+    let (major, minor) = (device.major.unwrap_or(0), device.minor.unwrap_or(0));
+    let is_there = |path: &str| {
+        fs::symlink_metadata(path).is_ok_and(|found| {
+            found.mode() & libc::S_IFMT == kind
+                && found.rdev() == makedev(major.into(), minor.into())
+        })
+    };
+    if is_there(&device.path) {
+        return Ok(device.path.clone());
+    }
+    let event = fs::read_to_string(format!("/sys/dev/{class}/{major}:{minor}/uevent"));
+    event
+        .unwrap_or_default()
+        .lines()
+        .find_map(|line| line.strip_prefix("DEVNAME="))
+        .map(|name| format!("/dev/{name}"))
+        .filter(|path| is_there(path))
+        .ok_or_else(|| {
+            io::Error::new(
+                io::ErrorKind::NotFound,
+                format!("there is no {class} device {major}:{minor} in /dev"),
+            )
+        })
+}
+
 fn node(tree: &Tree, device: &Device, user: bool) -> io::Result<()> {
     let (parent, name) = tree.parent(&device.path)?;
     remove(&parent, name)?;
     // A user namespace cannot make nodes, and can have the guest's.
     if user && device.kind != "p" {
-        let source = std::ffi::CString::new(device.path.as_str())?;
+        let source = std::ffi::CString::new(find(device)?)?;
         let node = sys::clone_tree(AT_FDCWD, &source, false)?;
         let place = tree.file(&device.path)?;
         return sys::attach(node.as_fd(), place.as_fd());

@@ -13,12 +13,13 @@ mod console;
 mod container;
 mod devices;
 mod hooks;
-mod host;
 pub(crate) mod mount_options;
 mod mounts;
+mod namespaces;
 pub(crate) mod process;
 pub(crate) mod resolve;
 mod root;
+mod sources;
 mod stage;
 pub(crate) mod sysctl;
 mod user;
@@ -28,7 +29,6 @@ use std::io;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
 
 use caisson_proto::Unexecutable;
-use nix::sched::{CloneFlags, unshare};
 
 use super::channel::{Channel, Message};
 use super::launch::{CGROUP, CHANNEL, HOST, PLAN, TARGET};
@@ -143,7 +143,7 @@ fn run(
         .during(|| "read the plan".into())?;
     match plan {
         Plan::Create(plan) => {
-            let sources = host::open(&plan.spec.mounts, host)?;
+            let sources = sources::open(&plan.spec, host, target.as_fd())?;
             stage::create(channel, *plan, cgroup.as_fd(), target.as_fd(), sources)
         }
         Plan::Exec(plan) => {
@@ -157,14 +157,12 @@ fn run(
                 .during(|| "report".into())?;
             Ok(Done::Ended)
         }
-        Plan::UserNamespace => {
-            unshare(CloneFlags::CLONE_NEWUSER).during(|| "make a user namespace".into())?;
-            let namespace =
-                File::open("/proc/self/ns/user").during(|| "open the user namespace".into())?;
+        Plan::Namespaces { pod } => {
+            namespaces::make(pod)?;
             channel
-                .send(&Message::Ready(Some(namespace.into())))
-                .during(|| "hand over the user namespace".into())?;
-            // Until the agent has written the mappings.
+                .send(&Message::Ready(None))
+                .during(|| "report".into())?;
+            // Until the agent has what it wants of them.
             let _ = channel.receive(None);
             Ok(Done::Ended)
         }

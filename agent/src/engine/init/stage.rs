@@ -5,7 +5,7 @@ use std::os::fd::BorrowedFd;
 
 use nix::sched::{CloneFlags, setns, unshare};
 
-use super::host::Sources;
+use super::sources::Sources;
 use super::{Done, During, Step, apparmor, container, process};
 use crate::engine::channel::{Channel, Message};
 use crate::engine::plan::{Create, Exec};

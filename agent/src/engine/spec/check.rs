@@ -118,16 +118,21 @@ pub(super) fn spec(spec: &Spec) -> Result<(), SpecError> {
         absolute(&mount.destination, &field("destination"))?;
         no_nul(&mount.source, || field("source"))?;
         no_nul(&mount.kind, || field("type"))?;
-        for (set, name) in [
-            (mount.uid_mappings, "uidMappings"),
-            (mount.gid_mappings, "gidMappings"),
-        ] {
-            if set.set {
-                return Err(SpecError::unsupported(field(name)));
-            }
-        }
-        init::mount_options::Options::parse(&mount.options)
+        let options = init::mount_options::Options::parse(&mount.options)
             .map_err(|reason| SpecError::invalid(field("options"), reason))?;
+        if mount.uid_mappings.is_empty() && mount.gid_mappings.is_empty() {
+            continue;
+        }
+        let bind = (options.bind || mount.kind == "bind") && !options.remount;
+        let of_container = spec.linux.as_ref().is_some_and(|linux| {
+            linux.uid_mappings == mount.uid_mappings && linux.gid_mappings == mount.gid_mappings
+        });
+        if !bind || !of_container {
+            return Err(SpecError::invalid(
+                field("uidMappings"),
+                "are not those of the container's user namespace, on a bind mount",
+            ));
+        }
     }
     if let Some(hooks) = &spec.hooks {
         for (list, name) in [
@@ -193,17 +198,17 @@ fn linux(spec: &Spec) -> Result<(), SpecError> {
     };
     bounded(&linux.uid_mappings, "linux.uidMappings")?;
     bounded(&linux.gid_mappings, "linux.gidMappings")?;
-    if new(NamespaceKind::User) {
-        if linux.uid_mappings.is_empty() || linux.gid_mappings.is_empty() {
-            return Err(SpecError::invalid(
-                "linux.uidMappings",
-                "a new user namespace needs linux.uidMappings and linux.gidMappings",
-            ));
-        }
-    } else if !linux.uid_mappings.is_empty() || !linux.gid_mappings.is_empty() {
+    let mapped = [&linux.uid_mappings, &linux.gid_mappings].map(|list| !list.is_empty());
+    if new(NamespaceKind::User) && mapped != [true, true] {
         return Err(SpecError::invalid(
             "linux.uidMappings",
-            "mappings need a new user namespace",
+            "a new user namespace needs linux.uidMappings and linux.gidMappings",
+        ));
+    }
+    if !kinds.contains(&NamespaceKind::User) && mapped != [false, false] {
+        return Err(SpecError::invalid(
+            "linux.uidMappings",
+            "mappings need a user namespace",
         ));
     }
     if !linux.time_offsets.is_empty() && !new(NamespaceKind::Time) {

@@ -10,9 +10,9 @@ use super::{LinuxResources, Unsupported};
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct Linux {
-    /// User ids of the container's user namespace.
+    /// User ids of the container's user namespace; of one to join those that it has.
     pub uid_mappings: Vec<IdMapping>,
-    /// Group ids of the container's user namespace.
+    /// Group ids of the container's user namespace; of one to join those that it has.
     pub gid_mappings: Vec<IdMapping>,
     /// Kernel parameters of the container's namespaces.
     pub sysctl: BTreeMap<String, String>,
@@ -47,7 +47,7 @@ pub struct Linux {
 }
 
 /// A range of ids of a user namespace.
-#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct IdMapping {
     /// First id in the container.

@@ -133,12 +133,12 @@ pub struct Mount {
     pub source: String,
     /// Options as of mount(8), and the specification's recursive ones.
     pub options: Vec<String>,
-    /// Not supported: id-mapped mounts.
+    /// User ids of a bind mount; those of the container's user namespace, or none.
     #[serde(rename = "uidMappings")]
-    pub uid_mappings: Unsupported,
-    /// Not supported: id-mapped mounts.
+    pub uid_mappings: Vec<IdMapping>,
+    /// Group ids of a bind mount; those of the container's user namespace, or none.
     #[serde(rename = "gidMappings")]
-    pub gid_mappings: Unsupported,
+    pub gid_mappings: Vec<IdMapping>,
 }
 
 /// `hooks` (config.md, "POSIX-platform Hooks").

@@ -122,6 +122,10 @@ fn a_value_that_cannot_be_is_named() {
             "linux.uidMappings",
             r#"[{"containerID":0,"hostID":1,"size":1}]"#,
         ),
+        (
+            "mounts",
+            r#"[{"destination":"/x","source":"/y","options":["bind"],"uidMappings":[{"containerID":0,"hostID":1,"size":1}]}]"#,
+        ),
         ("linux.timeOffsets", r#"{"monotonic":{"secs":1}}"#),
         ("linux.seccomp", r#"{"defaultAction":"SCMP_ACT_X"}"#),
         ("linux.personality", r#"{"domain":"VAX"}"#),

@@ -6,8 +6,9 @@ use caisson_proto::cri;
 use cri::MountPropagation;
 
 use super::super::CriError;
-use super::super::spec::Volume;
+use super::super::spec::{self, Volume};
 use super::{image_volumes, propagation};
+use crate::sandbox::ids::UserIds;
 use crate::sandbox::{Sandbox, SharedVolume, VolumeOptions};
 
 /// The most volumes of one container.
@@ -19,13 +20,18 @@ pub struct Checked {
     /// The path of the host; `None`: an image volume.
     path: Option<PathBuf>,
     mount: cri::Mount,
+    ids: Option<UserIds>,
 }
 
-/// Checks the mounts that a client asks for and follows symbolic links to what they mean.
+/// Checks the mounts that a client asks for and follows symbolic links to what they mean. `pod` are the pod's IDs.
 ///
 /// # Errors
 /// INVALID_ARGUMENT or UNIMPLEMENTED that names the mount and what about it is not possible.
-pub async fn resolve(mounts: &[cri::Mount], on_host: bool) -> Result<Vec<Checked>, CriError> {
+pub async fn resolve(
+    mounts: &[cri::Mount],
+    on_host: bool,
+    pod: Option<UserIds>,
+) -> Result<Vec<Checked>, CriError> {
     if mounts.len() > MAX_VOLUMES {
         return Err(CriError::invalid(format!(
             "the container has {} mounts; at most {MAX_VOLUMES} are possible",
@@ -40,11 +46,7 @@ pub async fn resolve(mounts: &[cri::Mount], on_host: bool) -> Result<Vec<Checked
                 "the mount at {at} has the propagation PROPAGATION_BIDIRECTIONAL, and mounts do not propagate out of a microVM; use a handler of kind `host`"
             )));
         }
-        if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
-            return Err(CriError::unimplemented(format!(
-                "the mount at {at} has ID mappings, which are not supported"
-            )));
-        }
+        let ids = spec::mount_ids(mount, pod)?;
         if mount.recursive_read_only && !mount.readonly {
             return Err(CriError::invalid(format!(
                 "the mount at {at} has recursive_read_only without readonly"
@@ -57,9 +59,11 @@ pub async fn resolve(mounts: &[cri::Mount], on_host: bool) -> Result<Vec<Checked
             )));
         }
         if image_volumes::is_image(mount) {
+            // The agent mounts it with the IDs of the container.
             all.push(Checked {
                 path: None,
                 mount: mount.clone(),
+                ids: None,
             });
             continue;
         }
@@ -93,6 +97,7 @@ pub async fn resolve(mounts: &[cri::Mount], on_host: bool) -> Result<Vec<Checked
         all.push(Checked {
             path: Some(path),
             mount: mount.clone(),
+            ids,
         });
     }
     Ok(all)
@@ -109,7 +114,7 @@ pub async fn share(
 ) -> Result<Vec<Volume>, CriError> {
     let mut shared = Vec::with_capacity(volumes.len());
     let mut images = 0;
-    for Checked { path, mount } in volumes {
+    for Checked { path, mount, ids } in volumes {
         let propagation = mount.propagation();
         let volume = match path {
             Some(path) => {
@@ -117,6 +122,7 @@ pub async fn share(
                     read_only: mount.readonly,
                     recursive_read_only: mount.recursive_read_only,
                     follows_host: propagation != MountPropagation::PropagationPrivate,
+                    ids,
                 };
                 sandbox.share_volume(container_id, &path, options).await?
             }
@@ -125,6 +131,7 @@ pub async fn share(
                 SharedVolume {
                     path: image_volumes::place(container_id, images - 1),
                     partly_writable: false,
+                    ids: None,
                 }
             }
         };
@@ -134,6 +141,7 @@ pub async fn share(
             read_only: mount.readonly && !volume.partly_writable,
             recursive_read_only: mount.recursive_read_only,
             propagation,
+            ids: volume.ids,
         });
     }
     Ok(shared)
@@ -163,13 +171,13 @@ mod tests {
             "/nonexistent",
             "relative",
         ] {
-            let error = resolve(&[mount(path)], false).await.unwrap_err();
+            let error = resolve(&[mount(path)], false, None).await.unwrap_err();
             assert!(error.message.contains(path), "{error}");
             assert!(error.message.contains("/data"), "{error}");
         }
         let link = dir.path().join("link");
         std::os::unix::fs::symlink(dir.path(), &link).unwrap();
-        let resolved = resolve(&[mount(link.to_str().unwrap())], false)
+        let resolved = resolve(&[mount(link.to_str().unwrap())], false, None)
             .await
             .unwrap();
         assert_eq!(resolved[0].path, Some(dir.path().canonicalize().unwrap()));
@@ -181,9 +189,9 @@ mod tests {
         let socket = dir.path().join("s");
         let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
         for path in [socket.to_str().unwrap(), "/dev/null", "/"] {
-            resolve(&[mount(path)], true).await.unwrap();
+            resolve(&[mount(path)], true, None).await.unwrap();
         }
-        assert!(resolve(&[mount("/nonexistent")], true).await.is_err());
+        assert!(resolve(&[mount("/nonexistent")], true, None).await.is_err());
     }
 
     #[tokio::test]
@@ -192,7 +200,7 @@ mod tests {
             propagation: cri::MountPropagation::PropagationBidirectional as i32,
             ..mount("/tmp")
         };
-        let error = resolve(&[shared], false).await.unwrap_err();
+        let error = resolve(&[shared], false, None).await.unwrap_err();
         assert!(
             error.message.contains("PROPAGATION_BIDIRECTIONAL"),
             "{error}"
@@ -201,7 +209,7 @@ mod tests {
             recursive_read_only: true,
             ..mount("/tmp")
         };
-        assert!(resolve(&[rro], false).await.is_err());
+        assert!(resolve(&[rro], false, None).await.is_err());
         let rro = cri::Mount {
             recursive_read_only: true,
             readonly: true,
@@ -209,7 +217,7 @@ mod tests {
             ..mount("/tmp")
         };
         for on_host in [false, true] {
-            let error = resolve(std::slice::from_ref(&rro), on_host)
+            let error = resolve(std::slice::from_ref(&rro), on_host, None)
                 .await
                 .unwrap_err();
             assert!(error.message.contains("recursive_read_only"), "{error}");

@@ -138,10 +138,13 @@ fn check(
 async fn make(context: &Arc<Context>, pod: &Arc<Pod>) -> Result<(), CriError> {
     let timings = Timings::begin();
     let record = pod.record();
+    let ids = spec::user_ids(&namespaces(&record.config.0))?;
     let network = if wants_network(&record.config.0)? {
         let identity = identity(&record);
         let guest = record.kind == HandlerKind::MicroVm;
-        let setup = context.network.setup(&identity, guest);
+        // A guest has namespaces of its own, with an owner of its own.
+        let owner = ids.filter(|_| !guest);
+        let setup = context.network.setup(&identity, guest, owner);
         Some(timings.step("network", setup).await?)
     } else {
         None
@@ -166,6 +169,7 @@ async fn make(context: &Arc<Context>, pod: &Arc<Pod>) -> Result<(), CriError> {
             network: on_host_network(config),
             ipc: namespaces(config).ipc() == cri::NamespaceMode::Node,
         },
+        ids,
     };
     let sandbox = sandbox::start(context, record.kind, &plan, timings).await?;
     pod.set_sandbox(Some(sandbox));

@@ -11,7 +11,7 @@ use cri::security_profile::ProfileType;
 use serde_json::{Value, json};
 
 use super::super::CriError;
-use super::security::check_user_namespace;
+use super::userns::user_ids;
 
 /// The most devices of one container: more than any host has.
 const MAX_DEVICES: usize = 8192;
@@ -106,7 +106,7 @@ pub fn check_host_pod(config: &cri::PodSandboxConfig) -> Result<(), CriError> {
             "a network namespace for each container of a pod is not supported; ask for POD or NODE",
         ));
     }
-    check_user_namespace(&options, "for pods on the host")
+    user_ids(&options).map(drop)
 }
 
 /// The devices that a container asks for; all of the host's for a privileged one. Blocks.

@@ -11,6 +11,7 @@ mod resources;
 mod seccomp;
 mod security;
 pub mod signal;
+mod userns;
 
 use caisson_proto::cri;
 use serde_json::{Value, json};
@@ -19,8 +20,10 @@ pub use host::{AppArmor, HostPod, apparmor, check_host_pod, devices};
 pub use process::{ImageDefaults, exec_process};
 pub use resources::{linux_resources, merge};
 pub use security::{check_pod, seccomp_file};
+pub use userns::{mount_ids, user_ids};
 
 use super::CriError;
+use crate::sandbox::ids::UserIds;
 
 /// The version of the OCI runtime spec that is written.
 const OCI_VERSION: &str = "1.2.0";
@@ -38,6 +41,8 @@ pub struct Volume {
     pub recursive_read_only: bool,
     /// How mounts pass between the container and the host.
     pub propagation: cri::MountPropagation,
+    /// The IDs that the agent has to map.
+    pub ids: Option<UserIds>,
 }
 
 /// What a spec is made from.
@@ -59,6 +64,8 @@ pub struct Input<'a> {
     pub seccomp_profile: Option<Value>,
     /// For a pod on the host; `None` for a microVM.
     pub host: Option<&'a HostPod>,
+    /// The IDs of the pod's user namespace; `None`: it has none.
+    pub ids: Option<UserIds>,
 }
 
 /// Makes the spec.
@@ -69,7 +76,7 @@ pub fn build(input: &Input<'_>) -> Result<Value, CriError> {
     let linux = input.config.linux.clone().unwrap_or_default();
     let security = linux.security_context.clone().unwrap_or_default();
     let privileged = security.privileged;
-    security::check_container(input.config, &security, input.host)?;
+    security::check_container(input.config, &security, input.host, input.ids)?;
 
     let mut resources = linux_resources(&linux.resources.clone().unwrap_or_default())?;
     // The engine adds what every container may use (null, zero, tty, …) to a refusal of everything.
@@ -81,7 +88,7 @@ pub fn build(input: &Input<'_>) -> Result<Value, CriError> {
     resources["devices"] = rules.into();
     let mut oci_linux = json!({
         "namespaces":
-            security::namespaces(&security, input.shared_pid, input.target_pid, input.host)?,
+            security::namespaces(&security, input.shared_pid, input.target_pid, input.host, input.ids)?,
         "resources": resources,
         // Of the root alone: volumes have their own.
         "rootfsPropagation": "private",
@@ -92,6 +99,9 @@ pub fn build(input: &Input<'_>) -> Result<Value, CriError> {
     if !privileged {
         oci_linux["maskedPaths"] = security::masked_paths(&security).into();
         oci_linux["readonlyPaths"] = security::readonly_paths(&security).into();
+    }
+    if let Some(ids) = &input.ids {
+        userns::add(&mut oci_linux, ids);
     }
     let mut process = process::container_process(input, &security)?;
     if let Some(host) = input.host.filter(|host| !host.apparmor.is_empty()) {
@@ -157,6 +167,7 @@ pub(super) mod tests {
             volumes: &[],
             seccomp_profile: None,
             host,
+            ids: None,
         })
     }
 
@@ -248,6 +259,83 @@ pub(super) mod tests {
             spec["linux"]["namespaces"][2]["path"],
             "/run/caisson/ns/pid"
         );
+    }
+
+    #[test]
+    fn a_container_of_a_pod_with_ids_of_its_own() {
+        let mapping = |host_id| {
+            vec![cri::IdMapping {
+                container_id: 0,
+                host_id,
+                length: 65_536,
+            }]
+        };
+        let options = cri::NamespaceOption {
+            ipc: cri::NamespaceMode::Container.into(),
+            userns_options: Some(cri::UserNamespace {
+                mode: cri::NamespaceMode::Pod.into(),
+                uids: mapping(65_536),
+                gids: mapping(131_072),
+            }),
+            ..Default::default()
+        };
+        let ids = user_ids(&options).unwrap();
+        let config = with_security(cri::LinuxContainerSecurityContext {
+            namespace_options: Some(options),
+            privileged: true,
+            ..Default::default()
+        });
+        let volume = Volume {
+            source: "/run/caisson/host/x".into(),
+            destination: "/x".into(),
+            read_only: false,
+            recursive_read_only: false,
+            propagation: cri::MountPropagation::PropagationPrivate,
+            ids,
+        };
+        let host = HostPod::default();
+        let of = |ids| {
+            build(&Input {
+                config: &config,
+                image: &ImageDefaults::default(),
+                hostname: "web",
+                shared_pid: true,
+                target_pid: None,
+                volumes: std::slice::from_ref(&volume),
+                seccomp_profile: None,
+                host: Some(&host),
+                ids,
+            })
+        };
+        let spec = of(ids).unwrap();
+        let uids = json!([{ "containerID": 0, "hostID": 65_536, "size": 65_536 }]);
+        assert_eq!(spec["linux"]["uidMappings"], uids);
+        assert_eq!(spec["linux"]["gidMappings"][0]["hostID"], 131_072);
+        let path = |kind: &str| {
+            let all = spec["linux"]["namespaces"].as_array().unwrap();
+            let mut found = all.iter().filter(|one| one["type"] == kind);
+            let path = found.next().unwrap()["path"].clone();
+            assert!(found.next().is_none(), "{kind}");
+            path
+        };
+        assert_eq!(path("user"), "/run/caisson/ns/user");
+        assert_eq!(path("network"), "/run/caisson/ns/net");
+        assert_eq!(path("uts"), "/run/caisson/ns/uts");
+        // Of its own, privileged as it is.
+        assert_eq!(path("ipc"), Value::Null);
+        assert_eq!(path("cgroup"), Value::Null);
+        let mounts = spec["mounts"].as_array().unwrap();
+        let mapped: Vec<_> = mounts
+            .iter()
+            .filter(|mount| mount.get("uidMappings").is_some())
+            .collect();
+        assert_eq!(mapped.len(), 1);
+        assert_eq!(mapped[0]["uidMappings"], uids);
+
+        let theirs: oci_spec::runtime::Spec = serde_json::from_value(spec.clone()).unwrap();
+        assert_subset(&spec, &serde_json::to_value(theirs).unwrap(), "spec");
+        let error = of(None).unwrap_err();
+        assert!(error.message.contains("user namespace"), "{error}");
     }
 
     #[test]

@@ -4,7 +4,7 @@ use caisson_proto::cri;
 use serde_json::{Value, json};
 
 use super::super::CriError;
-use super::Input;
+use super::{Input, userns};
 use crate::sandbox::host::HOST_PATH;
 
 /// Where the agent keeps what the containers of a pod share.
@@ -28,7 +28,7 @@ pub fn mounts(
     let mut all = defaults(security.privileged, own_ipc);
     if let Some(host) = input.host {
         // A new mount of the host's whole hierarchy would set its options anew.
-        if security.privileged {
+        if security.privileged && input.ids.is_none() {
             all.retain(|mount| mount["destination"] != CGROUP_DIR);
             all.push(of_host(CGROUP_DIR, &["nosuid", "noexec", "nodev", "rw"]));
         }
@@ -55,12 +55,16 @@ pub fn mounts(
             (true, false) => "ro",
             (false, _) => "rw",
         };
-        all.push(json!({
+        let mut mount = json!({
             "destination": destination,
             "type": "bind",
             "source": volume.source,
             "options": ["rbind", propagation(volume.propagation), access],
-        }));
+        });
+        if let Some(ids) = &volume.ids {
+            (mount["uidMappings"], mount["gidMappings"]) = userns::oci(ids);
+        }
+        all.push(mount);
     }
     // What lies deeper is mounted later, or it would be hidden.
     all.sort_by_key(|mount| depth(mount["destination"].as_str().unwrap_or_default()));
@@ -199,6 +203,7 @@ mod tests {
                 volumes,
                 seccomp_profile: None,
                 host: None,
+                ids: None,
             },
             &cri::LinuxContainerSecurityContext::default(),
         )
@@ -211,6 +216,7 @@ mod tests {
             read_only: true,
             recursive_read_only: false,
             propagation: cri::MountPropagation::PropagationPrivate,
+            ids: None,
         }
     }
 

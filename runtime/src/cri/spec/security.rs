@@ -7,6 +7,8 @@ use serde_json::{Value, json};
 
 use super::super::CriError;
 use super::HostPod;
+use super::userns::user_ids;
+use crate::sandbox::ids::UserIds;
 
 /// The pod's shared PID namespace, in the guest.
 const SHARED_PID: &str = "/run/caisson/ns/pid";
@@ -68,25 +70,10 @@ pub fn check_pod(config: &cri::PodSandboxConfig, host_hint: &str) -> Result<(), 
             "a network namespace for each container of a pod is not supported; ask for POD",
         ));
     }
-    check_user_namespace(&options, "in a microVM, which has a kernel of its own")
+    user_ids(&options).map(drop)
 }
 
-pub(super) fn check_user_namespace(
-    options: &cri::NamespaceOption,
-    here: &str,
-) -> Result<(), CriError> {
-    match &options.userns_options {
-        Some(userns) if userns.mode() == NamespaceMode::Node => Ok(()),
-        Some(userns) if !userns.uids.is_empty() || !userns.gids.is_empty() => {
-            Err(CriError::unimplemented(format!(
-                "a user namespace (userns_options) is not supported {here}; leave it out"
-            )))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Checks what no spec could express, in a microVM where there is no `host`.
+/// Checks what no spec could express, in a microVM where there is no `host`. `ids` are those of the pod.
 ///
 /// # Errors
 /// INVALID_ARGUMENT or UNIMPLEMENTED that names the field.
@@ -94,6 +81,7 @@ pub fn check_container(
     config: &cri::ContainerConfig,
     security: &cri::LinuxContainerSecurityContext,
     host: Option<&HostPod>,
+    ids: Option<UserIds>,
 ) -> Result<(), CriError> {
     if host.is_none()
         && let Some(device) = config.devices.first()
@@ -125,10 +113,12 @@ pub fn check_container(
             "an AppArmor profile of the host has no meaning in the guest's kernel; use RuntimeDefault or Unconfined",
         ));
     }
-    check_user_namespace(
-        &security.namespace_options.clone().unwrap_or_default(),
-        "for containers",
-    )
+    if user_ids(&security.namespace_options.clone().unwrap_or_default())? != ids {
+        return Err(CriError::invalid(
+            "the container and its pod do not agree on the user namespace; give both the same userns_options",
+        ));
+    }
+    Ok(())
 }
 
 /// `linux.namespaces`. The pod's network, IPC and UTS namespaces are the guest's own, or the agent's on the host, and
@@ -141,10 +131,12 @@ pub fn namespaces(
     shared_pid: bool,
     target_pid: Option<i32>,
     host: Option<&HostPod>,
+    ids: Option<UserIds>,
 ) -> Result<Vec<Value>, CriError> {
     let options = security.namespace_options.clone().unwrap_or_default();
     let mut all = vec![json!({ "type": "mount" })];
-    if !security.privileged {
+    // The root of a user namespace can do nothing with the groups of others.
+    if !security.privileged || ids.is_some() {
         all.push(json!({ "type": "cgroup" }));
     } else if host.is_some() {
         // Else it would have the pod's, which is the agent's own.
@@ -329,7 +321,7 @@ mod tests {
             }),
             ..Default::default()
         };
-        let all = namespaces(&security, shared, target, None)?;
+        let all = namespaces(&security, shared, target, None, None)?;
         Ok(all.into_iter().find(|n| n["type"] == "pid").unwrap())
     }
 
@@ -372,7 +364,13 @@ mod tests {
                 namespaces: option(pod),
                 ..Default::default()
             };
-            namespaces(&security, pod == NamespaceMode::Pod, None, Some(&host))
+            namespaces(
+                &security,
+                pod == NamespaceMode::Pod,
+                None,
+                Some(&host),
+                None,
+            )
         };
         let node = of(NamespaceMode::Node, NamespaceMode::Node).unwrap();
         let pods = of(NamespaceMode::Pod, NamespaceMode::Node).unwrap();

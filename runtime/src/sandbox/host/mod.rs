@@ -106,12 +106,13 @@ impl Sandbox for Host {
         &self,
         _container_id: &str,
         host_path: &Path,
-        _options: VolumeOptions,
+        options: VolumeOptions,
     ) -> Result<SharedVolume, SandboxError> {
         match host_path.to_str() {
             Some(path) if path.starts_with('/') => Ok(SharedVolume {
                 path: format!("{HOST_PATH}{path}"),
                 partly_writable: false,
+                ids: options.ids,
             }),
             _ => Err(self.share_error(host_path, "it is not an absolute path in UTF-8")),
         }

@@ -226,6 +226,7 @@ async fn set_up(host: &Host, plan: &SandboxPlan) -> io::Result<()> {
         interfaces: agent::interfaces(plan.network.as_ref()),
         sysctls: plan.sysctls.iter().cloned().collect(),
         shared_pid_namespace: plan.shared_pid_namespace,
+        user_namespace: agent::user_namespace(plan.ids.as_ref()),
         ..Default::default()
     };
     let mut client = host.agent();

@@ -12,18 +12,40 @@ mod share;
 mod start;
 mod tree;
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::agent::Address;
+use super::ids::{IdRange, UserIds};
 use super::pod::dir::PodDir;
 use super::pod::{PodConfig, PodProcess};
 use super::{Sandbox, SandboxError, SharedVolume, VolumeOptions};
 use crate::timings::Timings;
 use share::Share;
+use tree::Tree;
 
 /// MiB that the pod process needs beside its guest's memory.
 pub const PROCESS_MIB: u64 = 32;
+
+/// Tries whether the IDs of a volume in `path` can be mapped. Blocks.
+///
+/// # Errors
+/// Why they cannot.
+pub fn try_ids(path: &Path) -> io::Result<()> {
+    let some = IdRange {
+        first: 1000,
+        length: 1000,
+    };
+    let options = VolumeOptions {
+        ids: Some(UserIds {
+            uids: some,
+            gids: some,
+        }),
+        ..VolumeOptions::default()
+    };
+    Tree::of_volume(path, options).map(drop)
+}
 
 /// How microVM pods are made on this node.
 #[derive(Clone, Debug)]

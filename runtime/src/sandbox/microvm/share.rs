@@ -90,6 +90,7 @@ impl Share {
             let only_on_top = options.read_only && !options.recursive_read_only;
             Ok(SharedVolume {
                 path: format!("{GUEST_PATH}/{place}"),
+                ids: None,
                 partly_writable: only_on_top && (options.follows_host || has_mounts_below(&path)?),
             })
         })

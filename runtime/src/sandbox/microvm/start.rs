@@ -310,6 +310,7 @@ async fn set_up(vm: &MicroVm, plan: &SandboxPlan) -> io::Result<()> {
         unix_time_ns: i64::try_from(now.as_nanos()).map_err(io::Error::other)?,
         entropy,
         shared_pid_namespace: plan.shared_pid_namespace,
+        user_namespace: agent::user_namespace(plan.ids.as_ref()),
     };
     let mut agent = vm.agent();
     tokio::time::timeout(SETUP_TIMEOUT, agent.setup_sandbox(request))

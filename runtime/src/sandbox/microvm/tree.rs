@@ -12,6 +12,7 @@ use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
 use super::namespace::identity;
 use crate::sandbox::VolumeOptions;
+use crate::sandbox::ids::{self, UserIds};
 
 /// A copy of a file's or directory's mount that is mounted nowhere yet.
 pub struct Tree {
@@ -42,7 +43,31 @@ impl Tree {
         if options.read_only {
             tree.set(false, libc::MOUNT_ATTR_RDONLY, 0)?;
         }
+        if let Some(ids) = &options.ids {
+            tree.map(ids)?;
+        }
         Ok(tree)
+    }
+
+    /// Maps the owners of the mount at the top.
+    fn map(&self, ids: &UserIds) -> io::Result<()> {
+        let namespace = ids::user_namespace(ids)
+            .map_err(|e| io::Error::other(format!("no user namespace can be made for it: {e}")))?;
+        let mapped = self.change(
+            false,
+            libc::mount_attr {
+                attr_set: libc::MOUNT_ATTR_IDMAP,
+                attr_clr: 0,
+                propagation: 0,
+                userns_fd: u64::try_from(namespace.as_raw_fd()).map_err(io::Error::other)?,
+            },
+        );
+        mapped.map_err(|error| match error.raw_os_error() {
+            Some(libc::EINVAL) => io::Error::other(
+                "its file system cannot map IDs in this kernel (tmpfs can from Linux 6.3 on)",
+            ),
+            _ => error,
+        })
     }
 
     fn open(path: &Path, flags: OpenTreeFlags) -> io::Result<Self> {
@@ -68,6 +93,10 @@ impl Tree {
             propagation,
             userns_fd: 0,
         };
+        self.change(recursive, attributes)
+    }
+
+    fn change(&self, recursive: bool, attributes: libc::mount_attr) -> io::Result<()> {
         let flags = match recursive {
             true => libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
             false => libc::AT_EMPTY_PATH,

@@ -160,7 +160,7 @@ impl FileSystem for Share {
 
     fn rename(
         &self,
-        _: &Context,
+        ctx: &Context,
         olddir: u64,
         oldname: &CStr,
         newdir: u64,
@@ -169,12 +169,15 @@ impl FileSystem for Share {
     ) -> io::Result<()> {
         component(oldname)?;
         component(newname)?;
+        // Root may not be known where the host maps the IDs of a mount.
+        let _as = Identity::assume(ctx.uid, ctx.gid)?;
         self.files
             .rename(&root(), olddir, oldname, newdir, newname, flags)
     }
 
-    fn link(&self, _: &Context, inode: u64, newparent: u64, newname: &CStr) -> io::Result<Entry> {
+    fn link(&self, ctx: &Context, inode: u64, newparent: u64, newname: &CStr) -> io::Result<Entry> {
         component(newname)?;
+        let _as = Identity::assume(ctx.uid, ctx.gid)?;
         let entry = if self.root.is_none() {
             self.link_by_path(inode, newparent, newname)?
         } else {

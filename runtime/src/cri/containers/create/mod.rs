@@ -117,6 +117,7 @@ async fn make(
         HandlerKind::Host => Some(host_pod(config, &security, pod_config).await?),
         HandlerKind::MicroVm => None,
     };
+    let ids = spec::user_ids(&pods::namespaces(pod_config))?;
     let mut input = spec::Input {
         config,
         image: &image_defaults(image),
@@ -126,9 +127,10 @@ async fn make(
         volumes: &[],
         seccomp_profile: profiles::seccomp(&security).await?,
         host: host.as_ref(),
+        ids,
     };
     spec::build(&input)?;
-    let host_paths = volumes::resolve(&config.mounts, host.is_some()).await?;
+    let host_paths = volumes::resolve(&config.mounts, host.is_some(), ids).await?;
 
     let shared = volumes::share(sandbox, &container.id, host_paths).await?;
     input.volumes = &shared;

@@ -1,4 +1,4 @@
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::PathBuf;
 
 use nix::sched::{CloneFlags, unshare};
@@ -120,6 +120,7 @@ const READ_ONLY: VolumeOptions = VolumeOptions {
     read_only: true,
     recursive_read_only: false,
     follows_host: false,
+    ids: None,
 };
 
 // must-test: a read-only mount written through another path
@@ -237,5 +238,44 @@ async fn mounts_of_the_host_appear_where_it_is_asked() {
     });
     assert!(late.0.join("f").exists());
     drop(late);
+    drop(pod);
+}
+
+#[tokio::test]
+async fn owners_are_the_pods_where_it_is_asked() {
+    let Some(setup) = Setup::new() else { return };
+    if let Err(error) = super::super::try_ids(setup.temp.path()) {
+        eprintln!(
+            "skipped: the IDs of {} cannot be mapped: {error}",
+            setup.temp.path().display()
+        );
+        return;
+    }
+    let pod = Process::start(&setup.dir);
+    let volume = setup.temp.path().join("data");
+    fs::create_dir(&volume).unwrap();
+    fs::write(volume.join("f"), "x").unwrap();
+    let range = |first| crate::sandbox::ids::IdRange { first, length: 10 };
+    let options = VolumeOptions {
+        ids: Some(crate::sandbox::ids::UserIds {
+            uids: range(1000),
+            gids: range(2000),
+        }),
+        ..VolumeOptions::default()
+    };
+    setup.share.volume("c", &volume, options).await.unwrap();
+    setup.inside(|| {
+        let owner = |path| {
+            let meta = fs::metadata(path).unwrap();
+            (meta.uid(), meta.gid())
+        };
+        assert_eq!(owner("/c/c/0/f"), (1000, 2000));
+        std::os::unix::fs::chown("/c/c/0/f", Some(1005), Some(2007)).unwrap();
+        // Who has no ID there has no place.
+        assert!(std::os::unix::fs::chown("/c/c/0/f", Some(0), None).is_err());
+        assert!(fs::write("/c/c/0/new", "y").is_err());
+    });
+    let meta = fs::metadata(volume.join("f")).unwrap();
+    assert_eq!((meta.uid(), meta.gid()), (5, 7));
     drop(pod);
 }
