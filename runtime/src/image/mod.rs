@@ -34,3 +34,9 @@ pub use policy::Policy;
 pub use pull::{Progress, Status};
 pub use reference::Reference;
 pub use source::registry::Auth;
+
+/// One input of the fuzz target `layer`: see `runtime/fuzz`.
+#[cfg(fuzzing)]
+pub fn fuzz_layer(blob: &[u8]) {
+    layer::fuzzing::layer(blob);
+}

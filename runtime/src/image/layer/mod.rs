@@ -2,6 +2,8 @@
 
 mod apply;
 mod decompress;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod recipe;
 pub(crate) mod tar;
 

@@ -1,4 +1,5 @@
 mod hostile;
+mod round_trip;
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -162,7 +162,9 @@ impl Endpoint {
 
     /// One request.
     async fn once(&self, url: &str, headers: &HeaderMap, what: &str) -> Result<Answer, ImageError> {
-        let mut request = self.client.get(url).headers(headers.clone());
+        // The host's own headers go with each request to it, and not to a token server.
+        let mut request = self.client.get(url).headers(self.host.headers.clone());
+        request = request.headers(headers.clone());
         if let Some(header) = self.header.lock().await.clone() {
             request = request.header(AUTHORIZATION, header);
         }
@@ -292,7 +294,6 @@ fn client(host: &Host, stall: Duration) -> Result<Client, ImageError> {
     let mut builder = Client::builder()
         .user_agent(concat!("caisson/", env!("CARGO_PKG_VERSION")))
         .connect_timeout(host.dial_timeout.unwrap_or(DIAL_TIMEOUT).min(stall))
-        .default_headers(host.headers.clone())
         .tls_danger_accept_invalid_certs(host.skip_verify)
         .redirect(policy);
     if !trusted.is_empty() {
