@@ -22,7 +22,7 @@ use crate::cri::alpha::V1Alpha2Layer;
 use crate::cri::registry::Registry;
 use crate::cri::{Context, CriError, image_service, pods, runtime_service};
 use crate::doctor::{KvmProbe, cni_config};
-use crate::image::{ImageConfig, ImageError, Images};
+use crate::image::{ImageConfig, ImageError, Images, Policy};
 use crate::network::Network;
 use crate::sandbox::host::HostConfig;
 use crate::sandbox::microvm::MicroVmConfig;
@@ -34,6 +34,8 @@ use crate::streaming::Backend;
 const MAX_REQUEST: usize = 16 << 20;
 /// How long calls under way may take when the daemon is told to stop.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
+/// How often layers that nobody needs are looked for.
+const COLLECT_EVERY: Duration = Duration::from_secs(60);
 /// The fewest guests that may boot at the same time.
 const MIN_BOOTS: usize = 2;
 
@@ -94,7 +96,7 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
     refuse_second(&config.socket).await?;
     // Opened before the socket is touched: the store refuses a second daemon on the same root.
     let store = Store::open(&config.root.join("state.redb"))?;
-    let images = Images::open(&config.root, image_config(&config))?;
+    let images = Images::open(&config.root, image_config(&config)?)?;
     let address = config.streaming.address;
     let idle = Duration::from_secs(config.streaming.idle_timeout_seconds.into());
     let streaming = caisson_streaming::Listener::bind(address, idle).await;
@@ -111,8 +113,12 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
         config,
     });
     pods::recover(&context).await?;
-    let in_use = image_service::layers_in_use(&context);
-    context.images.gc(&in_use).await?;
+    let using = context.clone();
+    let collected = context
+        .images
+        .gc(move || image_service::layers_in_use(&using));
+    collected.await?;
+    tokio::spawn(collect_images(context.clone()));
     let probing = context.clone();
     tokio::spawn(async move {
         let probe = probing.kvm.get().await;
@@ -224,12 +230,44 @@ fn boots() -> usize {
     std::thread::available_parallelism().map_or(MIN_BOOTS, |cpus| cpus.get().max(MIN_BOOTS))
 }
 
-fn image_config(config: &Config) -> ImageConfig {
-    ImageConfig {
-        insecure_registries: config.images.insecure_registries.clone(),
-        mirrors: config.images.mirrors.clone(),
-        max_unpacked_bytes: u64::from(config.images.max_unpacked_gib) << 30,
+fn image_config(config: &Config) -> Result<ImageConfig, ImageError> {
+    let images = &config.images;
+    let policies = images
+        .policy
+        .iter()
+        .map(|policy| Policy::load(&policy.registry, &policy.cosign_key))
+        .collect::<Result<_, _>>()?;
+    let pinned = images
+        .pinned
+        .iter()
+        .map(|name| name.parse())
+        .collect::<Result<_, _>>()?;
+    Ok(ImageConfig {
+        certs_dir: images.certs_dir.clone(),
+        max_unpacked_bytes: u64::from(images.max_unpacked_gib) << 30,
+        progress_timeout_seconds: images.progress_timeout_seconds.into(),
+        parallel_layers: images.parallel_layers.into(),
+        foreign_layers: images.foreign_layers,
+        pinned,
+        policies,
         ..ImageConfig::default()
+    })
+}
+
+/// Removes layers that nobody needs any more, as they are when the last container of a removed image goes.
+async fn collect_images(context: Arc<Context>) {
+    loop {
+        tokio::time::sleep(COLLECT_EVERY).await;
+        let using = context.clone();
+        match context
+            .images
+            .gc(move || image_service::layers_in_use(&using))
+            .await
+        {
+            Ok(0) => {}
+            Ok(freed) => tracing::info!(freed, "layers that nobody needs were removed"),
+            Err(error) => tracing::warn!(%error, "layers could not be collected"),
+        }
     }
 }
 

@@ -17,3 +17,4 @@ pub mod session;
 pub mod store;
 pub mod streaming;
 pub mod timings;
+mod usage;

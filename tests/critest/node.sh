@@ -79,12 +79,12 @@ host = "host"
 vcpus = 1
 [cni]
 conf_dir = "$state/net.d"
-[images.mirrors]
-"registry.k8s.io" = ["$mirror"]
-"k8s.gcr.io" = ["$mirror"]
-"gcr.io" = ["$mirror"]
-"docker.io" = ["$mirror"]
+[images]
+certs_dir = "$state/certs.d"
 TOML
+  # Every registry's images come from the one here.
+  mkdir -p "$state/certs.d/_default"
+  echo "[host.\"http://$mirror\"]" >"$state/certs.d/_default/hosts.toml"
   cat >"$state/registry.yaml" <<YAML
 version: 0.1
 log: { level: warn }

@@ -250,7 +250,7 @@ impl Drop for Node {
 }
 
 /// The directory with the programs under test.
-fn build() -> PathBuf {
+pub(crate) fn build() -> PathBuf {
     let named = std::env::var_os("CAISSON_BUILD").map(PathBuf::from);
     named.expect("CAISSON_BUILD names the directory that scripts/build made")
 }

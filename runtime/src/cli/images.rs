@@ -12,6 +12,7 @@ use indicatif::{HumanBytes, MultiProgress, ProgressBar, ProgressDrawTarget, Prog
 use tonic::Streaming;
 
 use super::client::{self, CliError, Client};
+use super::credentials;
 use super::table::Table;
 
 /// The most bars at a time: an image has at most as many layers.
@@ -31,6 +32,9 @@ pub struct PullArgs {
         hide_env_values = true
     )]
     creds: Option<String>,
+    /// Where `docker login` keeps credentials; without it $DOCKER_CONFIG/config.json or ~/.docker/config.json.
+    #[arg(long, value_name = "FILE")]
+    authfile: Option<PathBuf>,
     /// Names of images.
     #[arg(required = true)]
     images: Vec<String>,
@@ -67,21 +71,24 @@ pub struct RmiArgs {
 
 /// Pulls images, with a bar for each layer.
 pub async fn pull(client: &Client, args: PullArgs) -> Result<ExitCode, CliError> {
-    let (username, password) = match args.creds.as_deref().map(|c| c.split_once(':')) {
-        None => Default::default(),
-        Some(Some((user, password))) => (user.to_owned(), password.to_owned()),
-        Some(None) => {
-            return Err(CliError::Usage(
-                "--creds needs a user and a password with a colon between them".into(),
-            ));
-        }
-    };
+    let given = args.creds.as_deref().map(|c| c.split_once(':'));
+    if given == Some(None) {
+        return Err(CliError::Usage(
+            "--creds needs a user and a password with a colon between them".into(),
+        ));
+    }
     for image in &args.images {
-        let request = PullRequest {
+        let mut request = PullRequest {
             image: image.clone(),
-            username: username.clone(),
-            password: password.clone(),
+            ..PullRequest::default()
         };
+        match given.flatten() {
+            Some((user, password)) => {
+                request.username = user.to_owned();
+                request.password = password.to_owned();
+            }
+            None => credentials::fill(&mut request, args.authfile.as_deref())?,
+        }
         let progress = client.cli.clone().pull(request).await?.into_inner();
         println!("{}", follow(progress, args.quiet).await?.image_id);
     }
@@ -150,7 +157,13 @@ pub async fn images(client: &Client, args: ImagesArgs) -> Result<ExitCode, CliEr
 /// Removes images.
 pub async fn rmi(client: &Client, args: RmiArgs) -> Result<ExitCode, CliError> {
     for image in &args.images {
-        if status(client, image).await?.is_none() {
+        let request = cri::ListImagesRequest {
+            filter: Some(cri::ImageFilter {
+                image: Some(spec(image)),
+            }),
+        };
+        let listed = client.images.clone().list_images(request).await?;
+        if listed.into_inner().images.is_empty() {
             return Err(CliError::Usage(format!(
                 "there is no image {image:?}; `caisson images` lists all"
             )));
@@ -169,10 +182,11 @@ pub async fn ensure(client: &Client, image: &str) -> Result<(), CliError> {
     if status(client, image).await?.is_some() {
         return Ok(());
     }
-    let request = PullRequest {
+    let mut request = PullRequest {
         image: image.to_owned(),
         ..PullRequest::default()
     };
+    credentials::fill(&mut request, None)?;
     let progress = client.cli.clone().pull(request).await?.into_inner();
     follow(progress, false).await.map(drop)
 }
@@ -186,7 +200,7 @@ async fn status(client: &Client, image: &str) -> Result<Option<cri::Image>, CliE
     Ok(response.into_inner().image)
 }
 
-fn spec(image: &str) -> cri::ImageSpec {
+pub(super) fn spec(image: &str) -> cri::ImageSpec {
     cri::ImageSpec {
         image: image.to_owned(),
         ..cri::ImageSpec::default()

@@ -5,12 +5,14 @@
 
 mod client;
 mod containers;
+mod credentials;
 mod exec;
 mod images;
 mod logs;
 mod options;
 mod run;
 mod session;
+mod store;
 mod table;
 mod terminal;
 mod timeline;
@@ -63,6 +65,14 @@ enum Command {
     Images(images::ImagesArgs),
     /// Remove images.
     Rmi(images::RmiArgs),
+    /// Write images to an archive that `caisson load`, docker, podman and ctr take in.
+    ///
+    /// The archive has the layers uncompressed: the image ID stays what it is, the manifest's digest does not.
+    Save(store::SaveArgs),
+    /// Remove images that have no name or, with --all, that no container uses.
+    Prune(store::PruneArgs),
+    /// Show all that is known of images, as JSON.
+    Inspect(store::InspectArgs),
     /// Show how long each step of a pod's start took.
     Timeline(timeline::TimelineArgs),
     /// Say whether this machine can run microVM pods, and what is missing.
@@ -144,6 +154,9 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, CliError> {
         Command::Load(args) => images::load(&connect()?, args).await,
         Command::Images(args) => images::images(&connect()?, args).await,
         Command::Rmi(args) => images::rmi(&connect()?, args).await,
+        Command::Save(args) => store::save(&connect()?, args).await,
+        Command::Prune(args) => store::prune(&connect()?, args).await,
+        Command::Inspect(args) => store::inspect(&connect()?, args).await,
         Command::Timeline(args) => timeline::timeline(&connect()?, args).await,
         Command::Doctor(args) => Ok(crate::doctor::doctor(&config()?, args.kvm_works).await),
         Command::Config(ConfigArgs {

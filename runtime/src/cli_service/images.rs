@@ -1,5 +1,6 @@
-//! Pull and load with progress.
+//! Pull and load with progress, save, prune.
 
+use std::io::{self, BufWriter};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -7,8 +8,11 @@ use caisson_proto::cli;
 use tokio::sync::mpsc;
 use tonic::Status;
 
-use crate::cri::{Context, CriError};
+use crate::cri::{Context, CriError, image_service};
 use crate::image::{Auth, Image, Progress};
+
+/// Bytes of an archive in one message.
+const CHUNK: usize = 256 << 10;
 
 type Sender = mpsc::Sender<Result<cli::PullProgress, Status>>;
 
@@ -24,10 +28,16 @@ pub fn pull(
     if request.image.is_empty() {
         return Err(CriError::invalid("the request names no image"));
     }
-    let auth = (!request.username.is_empty()).then_some(Auth::Basic {
-        username: request.username,
-        password: request.password,
-    });
+    let auth = if !request.registry_token.is_empty() {
+        Some(Auth::Bearer(request.registry_token))
+    } else if !request.identity_token.is_empty() {
+        Some(Auth::Identity(request.identity_token))
+    } else {
+        (!request.username.is_empty()).then_some(Auth::Basic {
+            username: request.username,
+            password: request.password,
+        })
+    };
     let context = context.clone();
     tokio::spawn(async move {
         let progress = reporter(sender.clone());
@@ -76,6 +86,75 @@ pub fn load(
         }
     });
     Ok(())
+}
+
+/// Sends images as an archive. When the client goes away, it ends.
+///
+/// # Errors
+/// INVALID_ARGUMENT for a request without images.
+pub fn save(
+    context: &Arc<Context>,
+    request: cli::SaveRequest,
+    sender: mpsc::Sender<Result<cli::SaveChunk, Status>>,
+) -> Result<(), CriError> {
+    if request.images.is_empty() {
+        return Err(CriError::invalid("the request names no image"));
+    }
+    let context = context.clone();
+    tokio::spawn(async move {
+        let chunks = BufWriter::with_capacity(CHUNK, Chunks(sender.clone()));
+        let last = match context.images.save(&request.images, chunks).await {
+            Ok(()) => Ok(cli::SaveChunk {
+                complete: true,
+                ..Default::default()
+            }),
+            Err(error) => Err(CriError::from(error).into()),
+        };
+        let _ = sender.send(last).await;
+    });
+    Ok(())
+}
+
+/// A stream of chunks as a writer. It is used where it may block.
+struct Chunks(mpsc::Sender<Result<cli::SaveChunk, Status>>);
+
+impl io::Write for Chunks {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let part = &bytes[..bytes.len().min(CHUNK)];
+        let chunk = cli::SaveChunk {
+            data: part.to_vec(),
+            complete: false,
+        };
+        self.0
+            .blocking_send(Ok(chunk))
+            .map_err(|_| io::Error::other("the client has gone away"))?;
+        Ok(part.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Removes images that have no tag or, with `all`, that no container has.
+///
+/// # Errors
+/// The disk fails.
+pub async fn prune(context: &Arc<Context>, all: bool) -> Result<cli::PruneResponse, CriError> {
+    let containers = context.registry.containers();
+    let used = containers
+        .iter()
+        .map(|container| container.record().image_id)
+        .collect();
+    let using = context.clone();
+    let pruned = context
+        .images
+        .prune(all, used, move || image_service::layers_in_use(&using))
+        .await?;
+    Ok(cli::PruneResponse {
+        image_ids: pruned.images,
+        freed_bytes: pruned.freed,
+    })
 }
 
 fn no_image(path: &Path) -> Status {

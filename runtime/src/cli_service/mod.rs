@@ -13,7 +13,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::codegen::BoxStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::cri::{Context, CriError};
+use crate::cri::{Context, CriError, detached};
 
 type Answer<T> = Result<Response<T>, Status>;
 
@@ -90,6 +90,19 @@ impl Cli for Service {
         let (sender, receiver) = mpsc::channel(BACKLOG);
         images::load(&self.context, request.into_inner(), sender)?;
         Ok(Response::new(responses(receiver)))
+    }
+
+    async fn save(&self, request: Request<cli::SaveRequest>) -> Answer<BoxStream<cli::SaveChunk>> {
+        let (sender, receiver) = mpsc::channel(BACKLOG);
+        images::save(&self.context, request.into_inner(), sender)?;
+        Ok(Response::new(responses(receiver)))
+    }
+
+    async fn prune(&self, request: Request<cli::PruneRequest>) -> Answer<cli::PruneResponse> {
+        let context = self.context.clone();
+        let all = request.get_ref().all;
+        let pruned = detached(async move { images::prune(&context, all).await }).await?;
+        Ok(Response::new(pruned))
     }
 
     async fn timings(&self, request: Request<cli::TimingsRequest>) -> Answer<cli::TimingsResponse> {

@@ -123,8 +123,8 @@ const KEYS: &[(&str, &str, &str)] = &[
     ),
     (
         "images",
-        "insecure_registries",
-        "Registries (\"host:port\") spoken to in plain HTTP; localhost always is.",
+        "certs_dir",
+        "How registries are reached: HOST/hosts.toml (or _default/hosts.toml) in containerd's format, with mirrors and certificates.",
     ),
     (
         "images",
@@ -133,8 +133,28 @@ const KEYS: &[(&str, &str, &str)] = &[
     ),
     (
         "images",
-        "mirrors",
-        "Registries and the hosts asked first in their place: { \"docker.io\" = [\"mirror.example:5000\"] }.",
+        "parallel_layers",
+        "Layers that are fetched and unpacked at once, by all pulls together, 1 to 64.",
+    ),
+    (
+        "images",
+        "progress_timeout_seconds",
+        "Seconds after which a pull that brings nothing is given up.",
+    ),
+    (
+        "images",
+        "foreign_layers",
+        "Whether layers that registries do not distribute are fetched from the addresses in their manifest.",
+    ),
+    (
+        "images",
+        "pinned",
+        "Names of images that garbage collection and `caisson prune` leave alone: [\"registry.example/app:v1\"].",
+    ),
+    (
+        "images",
+        "policy",
+        "Registries whose images must be signed: [{ registry = \"registry.example/team\", cosign_key = \"/etc/caisson/team.pub\" }].",
     ),
     (
         "streaming",

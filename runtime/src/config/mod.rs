@@ -112,12 +112,30 @@ pub struct CniSettings {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ImageSettings {
-    /// Registries ("host:port") that are spoken to in plain HTTP, localhost apart, which always is.
-    pub insecure_registries: Vec<String>,
-    /// Registry host names and the hosts that are asked first in their place.
-    pub mirrors: BTreeMap<String, Vec<String>>,
+    /// The directory with `HOST/hosts.toml`, in containerd's format.
+    pub certs_dir: PathBuf,
     /// The most GiB that one image may have when it is unpacked.
     pub max_unpacked_gib: u32,
+    /// Layers that are fetched and unpacked at once, by all pulls together, 1 to 64.
+    pub parallel_layers: u8,
+    /// Seconds after which a pull that brings nothing is given up, 1 to 86400.
+    pub progress_timeout_seconds: u32,
+    /// Whether layers that registries do not distribute are fetched from the addresses in their manifest.
+    pub foreign_layers: bool,
+    /// Names of images that are never collected.
+    pub pinned: Vec<String>,
+    /// Registries whose images must be signed.
+    pub policy: Vec<SignaturePolicy>,
+}
+
+/// Images of a registry must be signed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SignaturePolicy {
+    /// A registry's host, or a host with a path.
+    pub registry: String,
+    /// The file with the public key, in PEM (ECDSA P-256), as cosign writes it.
+    pub cosign_key: PathBuf,
 }
 
 /// The server of exec, attach and port-forward.
@@ -192,9 +210,13 @@ impl Default for CniSettings {
 impl Default for ImageSettings {
     fn default() -> Self {
         Self {
-            insecure_registries: Vec::new(),
-            mirrors: BTreeMap::new(),
+            certs_dir: "/etc/caisson/certs.d".into(),
             max_unpacked_gib: 64,
+            parallel_layers: 3,
+            progress_timeout_seconds: 300,
+            foreign_layers: false,
+            pinned: Vec::new(),
+            policy: Vec::new(),
         }
     }
 }
@@ -294,6 +316,7 @@ impl Config {
             ("state", &self.state),
             ("socket", &self.socket),
             ("cni.conf_dir", &self.cni.conf_dir),
+            ("images.certs_dir", &self.images.certs_dir),
         ] {
             if !path.is_absolute() {
                 return value(key, "it must be an absolute path");
@@ -321,6 +344,15 @@ impl Config {
             return value(
                 "microvm.uid",
                 "the pod process never runs as root (uid and gid are not 0)",
+            );
+        }
+        if !(1..=64).contains(&self.images.parallel_layers) {
+            return value("images.parallel_layers", "1 to 64 layers come at once");
+        }
+        if !(1..=86_400).contains(&self.images.progress_timeout_seconds) {
+            return value(
+                "images.progress_timeout_seconds",
+                "a pull may bring nothing for 1 to 86400 seconds",
             );
         }
         if self.streaming.address.ip().is_unspecified() {
@@ -487,6 +519,12 @@ mod tests {
             ("[microvm]\nmemory_mib = 1", "microvm.memory_mib"),
             ("[microvm]\nuid = 0", "microvm.uid"),
             ("root = \"relative\"", "root"),
+            ("[images]\nparallel_layers = 0", "images.parallel_layers"),
+            (
+                "[images]\nprogress_timeout_seconds = 0",
+                "images.progress_timeout_seconds",
+            ),
+            ("[images]\ncerts_dir = \"x\"", "images.certs_dir"),
             ("[streaming]\naddress = \"0.0.0.0:1\"", "streaming.address"),
             (
                 "[streaming]\nidle_timeout_seconds = 0",

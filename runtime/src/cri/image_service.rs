@@ -10,7 +10,8 @@ use tonic::{Code, Request, Response, Status};
 
 use super::registry::now;
 use super::{Context, CriError, detached};
-use crate::image::{Auth, DiffId, Image, ImageError};
+use crate::image::{Auth, DiffId, Image, ImageError, Reference};
+use crate::usage;
 
 type Answer<T> = Result<Response<T>, Status>;
 
@@ -26,6 +27,8 @@ impl From<ImageError> for CriError {
             ImageError::Unsupported { .. } => Code::Unimplemented,
             ImageError::Corrupt { .. } => Code::DataLoss,
             ImageError::Registry { .. } | ImageError::Stalled { .. } => Code::Unavailable,
+            // The kubelet takes an unknown code off the message and looks at how that begins.
+            ImageError::Untrusted { .. } => Code::Unknown,
             ImageError::Cancelled { .. } => Code::Cancelled,
             _ => Code::Internal,
         };
@@ -56,12 +59,18 @@ pub fn layers_in_use(context: &Context) -> HashSet<DiffId> {
         .collect()
 }
 
-/// Credentials as a client gives them (CRI `AuthConfig`).
+/// Credentials as a client gives them (CRI `AuthConfig`), for an image. Those for another server are none.
 ///
 /// # Errors
 /// INVALID_ARGUMENT for ones that cannot be read.
-fn auth(auth: cri::AuthConfig) -> Result<Option<Auth>, CriError> {
-    use base64::Engine as _;
+fn auth(auth: cri::AuthConfig, image: &str) -> Result<Option<Auth>, CriError> {
+    if !auth.server_address.is_empty() {
+        let image: Reference = image.parse()?;
+        if !image.is_at(&auth.server_address) {
+            tracing::debug!(%image, server = auth.server_address, "credentials are for another server");
+            return Ok(None);
+        }
+    }
     if !auth.registry_token.is_empty() {
         return Ok(Some(Auth::Bearer(auth.registry_token)));
     }
@@ -77,18 +86,29 @@ fn auth(auth: cri::AuthConfig) -> Result<Option<Auth>, CriError> {
     if auth.auth.is_empty() {
         return Ok(None);
     }
-    let invalid = || CriError::invalid("the auth credential is not base64 of user:password");
-    let decoded = base64::engine::general_purpose::STANDARD
-        .decode(auth.auth.trim())
-        .map_err(|_| invalid())?;
-    let text = String::from_utf8(decoded).map_err(|_| invalid())?;
-    let (username, password) = text
-        .trim_end_matches('\0')
-        .split_once(':')
-        .ok_or_else(invalid)?;
-    Ok(Some(Auth::Basic {
-        username: username.to_owned(),
-        password: password.to_owned(),
+    Auth::from_encoded(&auth.auth)
+        .map(Some)
+        .map_err(|error| CriError::invalid(error.to_string()))
+}
+
+/// What there is to know of an image. `imageSpec` is what clients of containerd look for.
+async fn details(context: &Context, image: &Image) -> Result<serde_json::Value, CriError> {
+    let layers: Vec<_> = image
+        .layers
+        .iter()
+        .map(|layer| {
+            let path = context.images.layer_path(layer);
+            serde_json::json!({ "diffID": layer, "path": path })
+        })
+        .collect();
+    Ok(serde_json::json!({
+        "id": image.id,
+        "repoTags": image.repo_tags,
+        "repoDigests": image.repo_digests,
+        "size": image.size,
+        "pinned": image.pinned,
+        "layers": layers,
+        "imageSpec": context.images.configuration(image).await?,
     }))
 }
 
@@ -148,7 +168,7 @@ impl ImageService for Service {
             Some(name) => self
                 .context
                 .images
-                .get(&name)
+                .find(&name)
                 .await
                 .map_err(CriError::from)?
                 .into_iter()
@@ -174,8 +194,7 @@ impl ImageService for Service {
             .map_err(CriError::from)?;
         let mut info = std::collections::HashMap::new();
         if let Some(image) = image.as_ref().filter(|_| request.verbose) {
-            let layers: Vec<_> = image.layers.iter().map(ToString::to_string).collect();
-            let details = serde_json::json!({ "layers": layers });
+            let details = details(&self.context, image).await?;
             info.insert("info".to_owned(), details.to_string());
         }
         // An image that is not there is an empty answer, not an error.
@@ -191,7 +210,11 @@ impl ImageService for Service {
     ) -> Answer<cri::PullImageResponse> {
         let request = request.into_inner();
         let name = name_of(request.image)?;
-        let auth = request.auth.map(auth).transpose()?.flatten();
+        let auth = request
+            .auth
+            .map(|given| auth(given, &name))
+            .transpose()?
+            .flatten();
         let context = self.context.clone();
         let image =
             detached(async move { Ok(context.images.pull(&name, auth, |_| {}).await?) }).await?;
@@ -207,8 +230,12 @@ impl ImageService for Service {
         let name = name_of(request.into_inner().image)?;
         let context = self.context.clone();
         detached(async move {
-            let in_use = layers_in_use(&context);
-            match context.images.remove(&name, &in_use).await {
+            let using = context.clone();
+            let removed = context
+                .images
+                .remove(&name, move || layers_in_use(&using))
+                .await;
+            match removed {
                 Ok(_) | Err(ImageError::NotFound { .. }) => Ok(()),
                 Err(error) => Err(error.into()),
             }
@@ -227,18 +254,25 @@ impl ImageService for Service {
             .fs_info()
             .await
             .map_err(CriError::from)?;
+        let root = self.context.config.root.clone();
+        let written = tokio::task::spawn_blocking(move || {
+            usage::below(&[&root.join("pods"), &root.join("scratch")])
+        })
+        .await
+        .map_err(|error| CriError::internal(format!("the disk cannot be measured: {error}")))?;
         let value = |value| Some(cri::UInt64Value { value });
-        let usage = cri::FilesystemUsage {
+        // One path for both: the kubelet takes two for two disks.
+        let usage = |used: u64, inodes: u64| cri::FilesystemUsage {
             timestamp: now(),
             fs_id: Some(cri::FilesystemIdentifier {
                 mountpoint: info.path.display().to_string(),
             }),
-            used_bytes: value(info.used_bytes),
-            inodes_used: value(info.inodes),
+            used_bytes: value(used),
+            inodes_used: value(inodes),
         };
         Ok(Response::new(cri::ImageFsInfoResponse {
-            image_filesystems: vec![usage.clone()],
-            container_filesystems: vec![usage],
+            image_filesystems: vec![usage(info.used_bytes, info.inodes)],
+            container_filesystems: vec![usage(written.bytes, written.inodes)],
         }))
     }
 
@@ -259,6 +293,7 @@ mod tests {
 
     #[test]
     fn credentials() {
+        let auth = |given| auth(given, "reg.example/app");
         let none = cri::AuthConfig::default();
         assert!(auth(none).unwrap().is_none());
         let encoded = cri::AuthConfig {
@@ -274,5 +309,18 @@ mod tests {
             ..Default::default()
         };
         assert_eq!(auth(broken).unwrap_err().code, Code::InvalidArgument);
+        for (server, taken) in [
+            ("reg.example", true),
+            ("https://reg.example/v2/", true),
+            ("other.example", false),
+            ("https://index.docker.io/v1/", false),
+        ] {
+            let given = cri::AuthConfig {
+                username: "user".into(),
+                server_address: server.into(),
+                ..Default::default()
+            };
+            assert_eq!(auth(given).unwrap().is_some(), taken, "{server}");
+        }
     }
 }

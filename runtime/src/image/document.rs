@@ -39,6 +39,16 @@ pub(crate) struct Descriptor {
     pub platform: Option<Platform>,
     #[serde(default)]
     pub annotations: Option<BTreeMap<String, String>>,
+    /// Where else the content is.
+    #[serde(default)]
+    pub urls: Option<Vec<String>>,
+}
+
+/// Whether the layer is one that registries do not distribute (OCI "layer.md", "Non-Distributable Layers").
+pub(crate) fn is_foreign(descriptor: &Descriptor) -> bool {
+    let kind = &descriptor.media_type;
+    kind.starts_with("application/vnd.oci.image.layer.nondistributable.v1.")
+        || kind.starts_with("application/vnd.docker.image.rootfs.foreign.diff.")
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -169,16 +179,21 @@ impl Manifest {
     }
 }
 
-/// Chooses from an index what runs on linux/amd64: the first entry of the best rank. An index whose single entry
-/// names no platform gives that one; the configuration is checked later in any case.
+/// Chooses from an index what runs on linux/amd64: the first entry of the best rank. An index that names no platform at all
+/// gives its only entry; the configuration is checked later in any case. Attestations, which describe other entries,
+/// are passed over.
 pub(crate) fn select(what: &str, entries: &[Descriptor]) -> Result<Descriptor, ImageError> {
+    let entries: Vec<&Descriptor> = entries
+        .iter()
+        .filter(|entry| !is_attestation(entry))
+        .collect();
     let best = entries
         .iter()
         .filter_map(|entry| Some((entry.platform.as_ref()?.rank()?, entry)))
         .min_by_key(|(rank, _)| *rank);
-    match (best, entries) {
-        (Some((_, entry)), _) => Ok(entry.clone()),
-        (None, [only]) if only.platform.is_none() => Ok(only.clone()),
+    match (best, &*entries) {
+        (Some((_, entry)), _) => Ok((*entry).clone()),
+        (None, [only]) if only.platform.is_none() => Ok((*only).clone()),
         _ => {
             let offered: Vec<String> = entries
                 .iter()
@@ -202,24 +217,31 @@ pub(crate) fn select(what: &str, entries: &[Descriptor]) -> Result<Descriptor, I
     }
 }
 
+/// Whether an entry is a statement about another one, as build tools add.
+fn is_attestation(entry: &Descriptor) -> bool {
+    let annotations = entry.annotations.as_ref();
+    annotations.is_some_and(|all| all.contains_key("vnd.docker.reference.type"))
+}
+
 /// How the layer that `descriptor` names is compressed, from its media type.
 pub(crate) fn compression(what: &str, descriptor: &Descriptor) -> Result<Compression, ImageError> {
-    match descriptor.media_type.as_str() {
-        "application/vnd.oci.image.layer.v1.tar"
-        | "application/vnd.docker.image.rootfs.diff.tar" => Ok(Compression::None),
-        "application/vnd.oci.image.layer.v1.tar+gzip"
-        | "application/vnd.docker.image.rootfs.diff.tar.gzip" => Ok(Compression::Gzip),
-        "application/vnd.oci.image.layer.v1.tar+zstd"
-        | "application/vnd.docker.image.rootfs.diff.tar.zstd" => Ok(Compression::Zstd),
-        other => {
-            let kind: String = other.chars().take(120).collect();
-            let reason = if kind.contains("foreign") || kind.contains("nondistributable") {
-                format!(
-                    "a layer has the type {kind:?}, which registries do not distribute; use an image without foreign layers"
-                )
-            } else {
-                format!("a layer has the type {kind:?}; use tar, tar+gzip or tar+zstd")
-            };
+    let kind = descriptor.media_type.as_str();
+    let oci = [
+        "application/vnd.oci.image.layer.v1.tar",
+        "application/vnd.oci.image.layer.nondistributable.v1.tar",
+    ];
+    let docker = [
+        "application/vnd.docker.image.rootfs.diff.tar",
+        "application/vnd.docker.image.rootfs.foreign.diff.tar",
+    ];
+    let after = |bases: [&str; 2]| bases.iter().find_map(|base| kind.strip_prefix(base));
+    match (after(oci), after(docker)) {
+        (Some(""), _) | (_, Some("")) => Ok(Compression::None),
+        (Some("+gzip"), _) | (_, Some(".gzip")) => Ok(Compression::Gzip),
+        (Some("+zstd"), _) | (_, Some(".zstd")) => Ok(Compression::Zstd),
+        _ => {
+            let kind: String = kind.chars().take(120).collect();
+            let reason = format!("a layer has the type {kind:?}; use tar, tar+gzip or tar+zstd");
             Err(ImageError::unsupported(what, reason))
         }
     }
@@ -460,6 +482,53 @@ mod tests {
             select("x", &entries[..3]),
             Err(ImageError::Unsupported { .. })
         ));
+        let mut attestation = entries[4].clone();
+        attestation.digest = Digest::of(b"attestation");
+        let kind = ("vnd.docker.reference.type", "attestation-manifest");
+        attestation.annotations = Some(BTreeMap::from([(kind.0.to_owned(), kind.1.to_owned())]));
+        let both = [attestation.clone(), entries[4].clone()];
+        assert_eq!(select("x", &both).unwrap().digest, entries[4].digest);
+        assert!(select("x", &[attestation]).is_err());
+    }
+
+    #[test]
+    fn layer_types() {
+        let of = |kind: &str| {
+            let entry: Descriptor = serde_json::from_str(&descriptor(kind, "")).unwrap();
+            (compression("x", &entry).ok(), is_foreign(&entry))
+        };
+        let docker = "application/vnd.docker.image.rootfs";
+        let oci = "application/vnd.oci.image.layer";
+        for (kind, compression, foreign) in [
+            (format!("{oci}.v1.tar"), Some(Compression::None), false),
+            (format!("{oci}.v1.tar+gzip"), Some(Compression::Gzip), false),
+            (format!("{oci}.v1.tar+zstd"), Some(Compression::Zstd), false),
+            (
+                format!("{oci}.nondistributable.v1.tar"),
+                Some(Compression::None),
+                true,
+            ),
+            (
+                format!("{oci}.nondistributable.v1.tar+gzip"),
+                Some(Compression::Gzip),
+                true,
+            ),
+            (
+                format!("{docker}.diff.tar.gzip"),
+                Some(Compression::Gzip),
+                false,
+            ),
+            (
+                format!("{docker}.foreign.diff.tar.gzip"),
+                Some(Compression::Gzip),
+                true,
+            ),
+            (format!("{oci}.v1.tar.gzip"), None, false),
+            (format!("{oci}.v1.tar+encrypted"), None, false),
+            ("text/html".to_owned(), None, false),
+        ] {
+            assert_eq!(of(&kind), (compression, foreign), "{kind}");
+        }
     }
 
     #[test]

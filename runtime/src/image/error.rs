@@ -63,6 +63,24 @@ pub enum ImageError {
         /// Which feature, and what to use instead.
         reason: String,
     },
+    /// A file that says how a registry is to be reached is wrong.
+    #[error("the registry configuration {} cannot be used: {reason}; mend it", path.display())]
+    Hosts {
+        /// The file, or the host.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The configuration demands a signature, and there is none that is right.
+    #[error(
+        "SignatureValidationFailed: {what} is refused by images.policy: {reason}; sign it with the configured key"
+    )]
+    Untrusted {
+        /// The image.
+        what: String,
+        /// What is wrong with its signature.
+        reason: String,
+    },
     /// The file system under the image store has no space or no inodes left.
     #[error("the disk that holds {} is full; free space there or remove images, and try again", path.display())]
     DiskFull {

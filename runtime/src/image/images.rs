@@ -11,8 +11,9 @@ use super::digest::{DiffId, Digest};
 use super::document::ContainerDefaults;
 use super::error::ImageError;
 use super::layer::UnpackLimits;
+use super::policy::policy_for;
 use super::reference::Reference;
-use super::store::{Record, Store};
+use super::store::{Pins, Record, Store};
 
 /// Fewest digits of an image ID that name an image.
 const MIN_PREFIX: usize = 3;
@@ -32,8 +33,28 @@ pub struct Image {
     pub config: ContainerDefaults,
     /// Diff IDs of its layers, the lowest first.
     pub layers: Vec<DiffId>,
-    /// Whether kubelet's garbage collection must leave it alone (CRI `Image.pinned`).
+    /// Whether garbage collection must leave it alone (CRI `Image.pinned`).
     pub pinned: bool,
+    /// Keeps its layers from being collected, if it is about to be used.
+    held: Held,
+}
+
+/// Pins behind an [`Image`] and its clones; no part of what it is.
+#[derive(Clone, Default)]
+struct Held(Option<Arc<Pins>>);
+
+impl PartialEq for Held {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for Held {}
+
+impl std::fmt::Debug for Held {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if self.0.is_some() { "Held" } else { "-" })
+    }
 }
 
 /// What [`Images::remove`] did.
@@ -43,6 +64,15 @@ pub struct Removed {
     pub names: Vec<String>,
     /// ID of the image, if it is gone and did not only lose a name.
     pub image: Option<String>,
+    /// Bytes that became free on the disk.
+    pub freed: u64,
+}
+
+/// What [`Images::prune`] did.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Pruned {
+    /// IDs of the images that are gone.
+    pub images: Vec<String>,
     /// Bytes that became free on the disk.
     pub freed: u64,
 }
@@ -90,6 +120,41 @@ impl Shared {
             max_ratio: self.config.max_unpack_ratio.max(1),
         }
     }
+
+    /// An image as the rest of the daemon sees it.
+    pub(super) fn image(&self, record: &Record) -> Image {
+        let named = |pinned: &Reference| {
+            let name = pinned.to_string();
+            record.tags.contains(&name) || record.digests.contains(&name)
+        };
+        Image {
+            id: record.id.to_string(),
+            repo_tags: record.tags.clone(),
+            repo_digests: record.digests.clone(),
+            size: record.size,
+            config: record.defaults.clone(),
+            layers: record.layers.clone(),
+            pinned: self.config.pinned.iter().any(named),
+            held: Held::default(),
+        }
+    }
+
+    /// Whether the image may be used under this full name of it: if a signature is demanded, it was verified for the name,
+    /// with the key that is configured now.
+    fn may_use(&self, record: &Record, name: &str) -> bool {
+        let policies = &self.config.policies;
+        let Ok(reference) = name.parse::<Reference>() else {
+            return policies.is_empty();
+        };
+        policy_for(policies, &reference)
+            .is_none_or(|policy| record.verified.get(name) == Some(&policy.key_id()))
+    }
+
+    /// Whether it may be used by its ID: under any of its names, or without one.
+    fn may_use_by_id(&self, record: &Record) -> bool {
+        let mut names = record.tags.iter().chain(&record.digests).peekable();
+        names.peek().is_none() || names.any(|name| self.may_use(record, name))
+    }
 }
 
 impl Images {
@@ -108,14 +173,53 @@ impl Images {
         })))
     }
 
-    /// The image that `name` means: a reference, an image ID, or the beginning of one. `None` if it is not here.
+    /// The image that `name` means: a reference, an image ID, or the beginning of one. `None` if it is not here, and also
+    /// if its name demands a signature that was not verified: it has to be pulled then. While the result or a clone
+    /// of it lives, the image's layers are not collected.
     ///
     /// # Errors
     /// [`ImageError::InvalidReference`], [`ImageError::Ambiguous`], [`ImageError::Database`].
     pub async fn get(&self, name: &str) -> Result<Option<Image>, ImageError> {
         let name = name.to_owned();
         self.blocking(move |shared| {
-            Ok(find(&shared.store.records()?, &name)?.map(|(record, _)| record.into()))
+            let held = shared.store.hold(|records| {
+                let usable = find(&records, &name)?.filter(|(record, named)| match named {
+                    Some(name) => shared.may_use(record, &name.full),
+                    None => shared.may_use_by_id(record),
+                });
+                Ok(usable.map(|(record, _)| record.clone()))
+            })?;
+            Ok(held.map(|(record, pins)| Image {
+                held: Held(Some(Arc::new(pins))),
+                ..shared.image(&record)
+            }))
+        })
+        .await
+    }
+
+    /// As [`Images::get`], but whether or not the image may be used: to see it, and to remove it.
+    ///
+    /// # Errors
+    /// Those of [`Images::get`].
+    pub async fn find(&self, name: &str) -> Result<Option<Image>, ImageError> {
+        let name = name.to_owned();
+        self.blocking(move |shared| {
+            let records = shared.store.records()?;
+            Ok(find(&records, &name)?.map(|(record, _)| shared.image(record)))
+        })
+        .await
+    }
+
+    /// The configuration (OCI "config.md") of an image that is here.
+    ///
+    /// # Errors
+    /// [`ImageError::Disk`], [`ImageError::Corrupt`].
+    pub async fn configuration(&self, image: &Image) -> Result<serde_json::Value, ImageError> {
+        let id: Digest = image.id.parse()?;
+        self.blocking(move |shared| {
+            let bytes = shared.store.read_blob(&id)?;
+            serde_json::from_slice(&bytes)
+                .map_err(|error| ImageError::corrupt(id.to_string(), error.to_string()))
         })
         .await
     }
@@ -125,8 +229,15 @@ impl Images {
     /// # Errors
     /// [`ImageError::Database`].
     pub async fn list(&self) -> Result<Vec<Image>, ImageError> {
-        self.blocking(|shared| Ok(shared.store.records()?.iter().map(Image::from).collect()))
-            .await
+        self.blocking(|shared| {
+            Ok(shared
+                .store
+                .records()?
+                .iter()
+                .map(|record| shared.image(record))
+                .collect())
+        })
+        .await
     }
 
     /// Removes a tag and, with its last tag, the image; an image that is named by its ID or by a digest goes with
@@ -137,21 +248,23 @@ impl Images {
     pub async fn remove(
         &self,
         name: &str,
-        in_use: &HashSet<DiffId>,
+        in_use: impl FnOnce() -> HashSet<DiffId> + Send + 'static,
     ) -> Result<Removed, ImageError> {
-        let (name, in_use) = (name.to_owned(), in_use.clone());
+        let name = name.to_owned();
         self.blocking(move |shared| {
             let mut removed = shared.store.update(|records| {
-                let Some((record, tag)) = find(records, &name)? else {
+                let Some((record, named)) = find(records, &name)? else {
                     return Err(ImageError::NotFound {
-                        what: name,
+                        what: name.clone(),
                         place: "the image store".to_owned(),
                     });
                 };
                 let id = record.id;
-                if let Some(tag) = tag.filter(|_| record.tags.len() > 1) {
+                let tag = named.filter(|name| name.is_tag && record.tags.len() > 1);
+                if let Some(tag) = tag.map(|name| name.full) {
                     for record in records.iter_mut().filter(|record| record.id == id) {
                         record.tags.retain(|other| *other != tag);
+                        record.verified.remove(&tag);
                     }
                     return Ok(Removed {
                         names: vec![tag],
@@ -166,8 +279,41 @@ impl Images {
                     freed: 0,
                 })
             })?;
-            removed.freed = shared.store.collect(&in_use)?;
+            removed.freed = shared.store.collect(in_use)?;
             Ok(removed)
+        })
+        .await
+    }
+
+    /// Removes images that have no tag or, with `all`, every image; but none that is pinned, and none with a
+    /// container: `used` has their IDs, and `in_use` their layers.
+    ///
+    /// # Errors
+    /// [`ImageError::Disk`], [`ImageError::Database`].
+    pub async fn prune(
+        &self,
+        all: bool,
+        used: HashSet<String>,
+        in_use: impl FnOnce() -> HashSet<DiffId> + Send + 'static,
+    ) -> Result<Pruned, ImageError> {
+        self.blocking(move |shared| {
+            let images = shared.store.update(|records| {
+                let mut gone = Vec::new();
+                records.retain(|record| {
+                    let image = shared.image(record);
+                    let wanted = !all && !record.tags.is_empty();
+                    let stays = wanted || image.pinned || used.contains(&image.id);
+                    if !stays {
+                        gone.push(image.id);
+                    }
+                    stays
+                });
+                Ok(gone)
+            })?;
+            Ok(Pruned {
+                images,
+                freed: shared.store.collect(in_use)?,
+            })
         })
         .await
     }
@@ -177,35 +323,12 @@ impl Images {
     ///
     /// # Errors
     /// [`ImageError::Disk`], [`ImageError::Database`].
-    pub async fn gc(&self, in_use: &HashSet<DiffId>) -> Result<u64, ImageError> {
-        let in_use = in_use.clone();
-        self.blocking(move |shared| shared.store.collect(&in_use))
+    pub async fn gc(
+        &self,
+        in_use: impl FnOnce() -> HashSet<DiffId> + Send + 'static,
+    ) -> Result<u64, ImageError> {
+        self.blocking(move |shared| shared.store.collect(in_use))
             .await
-    }
-
-    /// Marks an image as pinned, or not.
-    ///
-    /// # Errors
-    /// [`ImageError::NotFound`], and those of [`Images::get`].
-    pub async fn set_pinned(&self, name: &str, pinned: bool) -> Result<(), ImageError> {
-        let name = name.to_owned();
-        self.blocking(move |shared| {
-            shared.store.update(|records| {
-                let Some((record, _)) = find(records, &name)? else {
-                    return Err(ImageError::NotFound {
-                        what: name,
-                        place: "the image store".to_owned(),
-                    });
-                };
-                let id = record.id;
-                records
-                    .iter_mut()
-                    .filter(|record| record.id == id)
-                    .for_each(|record| record.pinned = pinned);
-                Ok(())
-            })
-        })
-        .await
     }
 
     /// What the store takes of the disk.
@@ -214,11 +337,11 @@ impl Images {
     /// [`ImageError::Disk`].
     pub async fn fs_info(&self) -> Result<FsInfo, ImageError> {
         self.blocking(|shared| {
-            let (used_bytes, inodes) = shared.store.usage()?;
+            let usage = shared.store.usage();
             Ok(FsInfo {
                 path: shared.store.root().to_owned(),
-                used_bytes,
-                inodes,
+                used_bytes: usage.bytes,
+                inodes: usage.inodes,
             })
         })
         .await
@@ -253,31 +376,23 @@ impl Images {
     }
 }
 
-impl From<&Record> for Image {
-    fn from(record: &Record) -> Self {
-        Self {
-            id: record.id.to_string(),
-            repo_tags: record.tags.clone(),
-            repo_digests: record.digests.clone(),
-            size: record.size,
-            config: record.defaults.clone(),
-            layers: record.layers.clone(),
-            pinned: record.pinned,
-        }
-    }
+/// The name by which an image was found.
+pub(super) struct Named {
+    /// In full.
+    pub full: String,
+    /// Whether it has a tag; else it has a digest.
+    pub is_tag: bool,
 }
 
-/// Finds what `name` means among `records`, with the tag if it was named by one.
-fn find<'a>(
+/// Finds what `name` means among `records`, with its full name if it is not an ID.
+pub(super) fn find<'a>(
     records: &'a [Record],
     name: &str,
-) -> Result<Option<(&'a Record, Option<String>)>, ImageError> {
+) -> Result<Option<(&'a Record, Option<Named>)>, ImageError> {
     if name.starts_with("sha256:") {
         let id: Digest = name.parse()?;
-        return Ok(records
-            .iter()
-            .find(|record| record.id == id)
-            .map(|record| (record, None)));
+        let record = records.iter().find(|record| record.id == id);
+        return Ok(record.map(|record| (record, None)));
     }
     let is_hex = |text: &str| {
         text.bytes()
@@ -285,22 +400,20 @@ fn find<'a>(
     };
     let reference = name.parse::<Reference>();
     if let Ok(reference) = &reference {
-        let found = match (reference.tagged(), reference.digest()) {
-            (Some(tag), _) => records
-                .iter()
-                .find(|record| record.tags.contains(&tag))
-                .map(|record| (record, Some(tag))),
-            (None, Some(digest)) => {
-                let full = reference.with_digest(digest);
-                records
-                    .iter()
-                    .find(|record| record.digests.contains(&full))
-                    .map(|record| (record, None))
-            }
+        let named = match (reference.tagged(), reference.digest()) {
+            (Some(full), _) => Some(Named { full, is_tag: true }),
+            (None, Some(digest)) => Some(Named {
+                full: reference.with_digest(digest),
+                is_tag: false,
+            }),
             (None, None) => None,
         };
-        if found.is_some() {
-            return Ok(found);
+        if let Some(named) = named
+            && let Some(record) = records.iter().find(|record| {
+                record.tags.contains(&named.full) || record.digests.contains(&named.full)
+            })
+        {
+            return Ok(Some((record, Some(named))));
         }
     }
     if (MIN_PREFIX..=64).contains(&name.len()) && is_hex(name) {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! registry · layout · archive ──▶ manifest, configuration ──▶ for each layer that is not here yet:
-//!   source/                        document.rs                  blob ─▶ gunzip ─▶ tar ─▶ EROFS   (layer/, erofs/)
+//!   source/      policy.rs ✓       document.rs                  blob ─▶ gunzip ─▶ tar ─▶ EROFS   (layer/, erofs/)
 //!                                                                digest ✓     diff ID ✓    then it gets its name (store.rs)
 //! ```
 //!
@@ -16,8 +16,10 @@ mod erofs;
 mod error;
 mod images;
 mod layer;
+mod policy;
 mod pull;
 mod reference;
+mod save;
 mod source;
 mod store;
 #[cfg(test)]
@@ -27,7 +29,14 @@ pub use config::ImageConfig;
 pub use digest::{DiffId, Digest};
 pub use document::ContainerDefaults;
 pub use error::ImageError;
-pub use images::{FsInfo, Image, Images, Removed};
+pub use images::{FsInfo, Image, Images, Pruned, Removed};
+pub use policy::Policy;
 pub use pull::{Progress, Status};
 pub use reference::Reference;
 pub use source::registry::Auth;
+
+/// One input of the fuzz target `layer`: see `runtime/fuzz`.
+#[cfg(fuzzing)]
+pub fn fuzz_layer(blob: &[u8]) {
+    layer::fuzzing::layer(blob);
+}

@@ -1,5 +1,6 @@
 //! Bringing images in: pull and load.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -10,9 +11,10 @@ use futures::stream::{FuturesUnordered, StreamExt};
 use super::digest::Digest;
 use super::error::ImageError;
 use super::images::{Image, Images, Shared};
-use super::layer::{self, LayerSpec, Watch};
+use super::layer::{self, LayerSpec, Outputs, Watch};
+use super::policy::policy_for;
 use super::reference::Reference;
-use super::source::registry::{Auth, Session};
+use super::source::registry::{Activity, Auth, EndOnDrop, Session};
 use super::source::{self, Found, Location, Source};
 use super::store::Record;
 
@@ -83,43 +85,48 @@ impl Images {
             total: 0,
             status: Status::Resolving,
         });
+        let activity = Arc::new(Activity::default());
+        let _end = EndOnDrop(&activity);
+        let limit = Duration::from_secs(self.0.config.progress_timeout_seconds);
+        tokio::select! {
+            result = self.fetch(&reference, auth.as_ref(), activity.clone(), &progress) => result,
+            () = activity.stalled(limit) => Err(ImageError::Stalled {
+                registry: reference.host().to_owned(),
+                what,
+                seconds: limit.as_secs(),
+            }),
+        }
+    }
+
+    async fn fetch(
+        &self,
+        reference: &Reference,
+        auth: Option<&Auth>,
+        activity: Arc<Activity>,
+        progress: Report<'_>,
+    ) -> Result<Image, ImageError> {
+        let what = reference.to_string();
         let asked = match (reference.digest(), reference.tag()) {
             (Some(digest), _) => digest.to_string(),
             (None, tag) => tag.unwrap_or("latest").to_owned(),
         };
-        let mut failure = None;
-        for session in Session::open(&reference, auth.as_ref(), &self.0.config)? {
-            let (digest, manifest) = match session.manifest(&asked).await {
-                Ok(found) => found,
-                // A mirror may lack it or be down; what counts is what the registry itself says, which is last.
-                Err(error) => {
-                    tracing::debug!(image = what, %error, "no manifest");
-                    failure = Some(error);
-                    continue;
-                }
-            };
-            if let Some(expected) = reference.digest().filter(|expected| **expected != digest) {
-                failure = Some(ImageError::corrupt(
-                    &*what,
-                    format!("the registry sends {digest} for {expected}"),
-                ));
-                continue;
+        let config = &self.0.config;
+        let session = Session::open(reference, auth, config, activity)?;
+        let (digest, manifest) = session.manifest(&asked).await?;
+        // Before anything is fetched by what the manifest says.
+        let key = match policy_for(&config.policies, reference) {
+            None => None,
+            Some(policy) => {
+                policy.verify(&session, reference, &digest).await?;
+                Some(policy.key_id())
             }
-            let source = Source::Registry(session);
-            let found = source.resolve(&what, digest, manifest).await?;
-            return self
-                .bring(
-                    source.into(),
-                    found,
-                    std::slice::from_ref(&reference),
-                    &progress,
-                )
-                .await;
-        }
-        Err(failure.unwrap_or(ImageError::NotFound {
-            what,
-            place: "any registry".to_owned(),
-        }))
+        };
+        let source = Source::Registry(session);
+        let found = source
+            .resolve(&what, digest, manifest, config.foreign_layers)
+            .await?;
+        let names = std::slice::from_ref(reference);
+        self.bring(source.into(), found, names, key, progress).await
     }
 
     /// Loads the images of an OCI layout (a directory), an OCI archive or a `docker save` archive, which may be
@@ -141,6 +148,7 @@ impl Images {
                     .to_owned(),
             });
         }
+        name.as_ref().map_or(Ok(()), |name| self.may_load(name))?;
         let (path, wanted) = (path.to_owned(), name.clone());
         let (files, oci, docker) = self
             .blocking(move |shared| {
@@ -157,6 +165,11 @@ impl Images {
                 Ok((files, oci, docker))
             })
             .await?;
+        let in_oci = oci.iter().flatten().filter_map(|(_, name)| name.as_ref());
+        let in_docker = docker.iter().flatten().flat_map(|(_, names)| names);
+        for found in in_oci.chain(in_docker) {
+            self.may_load(found)?;
+        }
         let source = Arc::new(Source::Files(files));
         let mut images = Vec::new();
         for (entry, reference) in oci.into_iter().flatten() {
@@ -164,9 +177,12 @@ impl Images {
                 .as_ref()
                 .map_or_else(|| entry.digest.to_string(), Reference::to_string);
             let bytes = source.top(&what, &entry).await?;
-            let found = source.resolve(&what, entry.digest, bytes).await?;
+            let found = source.resolve(&what, entry.digest, bytes, true).await?;
             let names: Vec<Reference> = reference.into_iter().collect();
-            images.push(self.bring(source.clone(), found, &names, &progress).await?);
+            images.push(
+                self.bring(source.clone(), found, &names, None, &progress)
+                    .await?,
+            );
         }
         let docker = docker.unwrap_or_default();
         if name.is_some() && docker.len() > 1 {
@@ -176,17 +192,33 @@ impl Images {
         }
         for (found, names) in docker {
             let names = name.clone().map_or(names, |name| vec![name]);
-            images.push(self.bring(source.clone(), found, &names, &progress).await?);
+            images.push(
+                self.bring(source.clone(), found, &names, None, &progress)
+                    .await?,
+            );
         }
         Ok(images)
     }
 
-    /// Brings in what is missing of an image, and then records it.
+    /// A file brings no signature, so what is loaded cannot have a name for which one is demanded.
+    fn may_load(&self, name: &Reference) -> Result<(), ImageError> {
+        match policy_for(&self.0.config.policies, name) {
+            None => Ok(()),
+            Some(_) => Err(ImageError::Untrusted {
+                what: name.to_string(),
+                reason: "a file has no signature; pull it, or load it under another name"
+                    .to_owned(),
+            }),
+        }
+    }
+
+    /// Brings in what is missing of an image, and then records it; with the key that its names were verified with.
     async fn bring(
         &self,
         source: Arc<Source>,
         found: Found,
         names: &[Reference],
+        key: Option<Digest>,
         progress: Report<'_>,
     ) -> Result<Image, ImageError> {
         let layers: Vec<Digest> = found.document.diff_ids.clone();
@@ -225,6 +257,10 @@ impl Images {
             .iter()
             .filter_map(|name| found.digest.map(|digest| name.with_digest(&digest)))
             .collect();
+        let verified = key.map_or_else(BTreeMap::new, |key| {
+            let names = tags.iter().chain(&digests);
+            names.map(|name| (name.clone(), key)).collect()
+        });
         let record = Record {
             id: found.config.0,
             tags,
@@ -232,8 +268,8 @@ impl Images {
             manifests,
             layers,
             size: 0,
-            pinned: false,
             defaults: found.document.defaults,
+            verified,
         };
         let blobs: Vec<(Digest, Vec<u8>)> =
             found.manifests.into_iter().chain([found.config]).collect();
@@ -321,32 +357,34 @@ fn make_layer(
     watch: &Watch,
 ) -> Result<(), ImageError> {
     let blob = source.open(location)?;
-    let partial = shared.store.partial_layer()?;
-    let spool = shared.store.scratch()?;
-    layer::convert(
-        spec,
-        blob,
-        partial.file,
-        spool,
-        &partial.path,
-        &shared.limits(),
-        watch,
-    )?;
-    shared.store.publish_layer(&spec.diff_id, partial.path)
+    let image = shared.store.partial_layer()?;
+    let recipe = shared.store.partial()?;
+    let outputs = Outputs {
+        image: image.file,
+        path: &image.path,
+        recipe: recipe.file,
+        spool: shared.store.scratch()?,
+    };
+    layer::convert(spec, blob, outputs, &shared.limits(), watch)?;
+    shared
+        .store
+        .publish_layer(&spec.diff_id, image.path, recipe.path)
 }
 
 /// Writes the documents, then the record; names move here from images that had them.
 fn record_image(
     shared: &Shared,
     blobs: &[(Digest, Vec<u8>)],
-    mut record: Record,
+    record: Record,
 ) -> Result<Image, ImageError> {
     for (digest, bytes) in blobs {
         shared.store.write_blob(digest, bytes)?;
     }
-    shared.store.update(move |records| {
+    let image = shared.store.update(|records| {
+        let mut record = record.clone();
         for other in records.iter_mut() {
             other.tags.retain(|tag| !record.tags.contains(tag));
+            other.verified.retain(|name, _| !record.tags.contains(name));
         }
         if let Some(at) = records.iter().position(|other| other.id == record.id) {
             let old = records.swap_remove(at);
@@ -360,11 +398,13 @@ fn record_image(
             record.manifests.extend(old.manifests);
             record.manifests.sort();
             record.manifests.dedup();
-            record.pinned |= old.pinned;
+            let mut verified = old.verified;
+            verified.append(&mut record.verified);
+            record.verified = verified;
         }
         record.size = shared.store.size_of(&record);
-        let image = Image::from(&record);
-        records.push(record);
-        Ok(image)
-    })
+        records.push(record.clone());
+        Ok(record)
+    })?;
+    Ok(shared.image(&image))
 }

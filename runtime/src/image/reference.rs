@@ -59,6 +59,15 @@ impl Reference {
         }
     }
 
+    /// Whether the image is at this server: a host or a URL, as credentials name theirs. Docker Hub has several names.
+    pub fn is_at(&self, server: &str) -> bool {
+        let server = server.split_once("://").map_or(server, |(_, rest)| rest);
+        match server.split('/').next().unwrap_or_default() {
+            "index.docker.io" | "registry-1.docker.io" => self.host == DEFAULT_HOST,
+            host => self.host == host,
+        }
+    }
+
     /// The name with `digest` (`docker.io/library/busybox@sha256:…`).
     pub fn with_digest(&self, digest: &Digest) -> String {
         format!("{}@{digest}", self.name())

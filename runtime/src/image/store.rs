@@ -4,6 +4,7 @@
 //! images.redb                 records of images
 //! blobs/sha256/HEX            manifests and configurations
 //! layers/HEX.erofs            layers, by diff ID
+//! layers/HEX.recipe           how to make a layer's tar stream again
 //! tmp/                        what is being written; emptied when the store is opened
 //! ```
 //!
@@ -11,20 +12,22 @@
 //! deleted before them. A crash at any point leaves at most files that no record needs, which [`Store::collect`]
 //! removes. Compressed layers are not kept.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 use tempfile::{NamedTempFile, TempPath};
 
 use super::digest::{DiffId, Digest};
-use super::document::ContainerDefaults;
+use super::document::{ContainerDefaults, MAX_CONFIG};
 use super::error::ImageError;
+use super::layer::Again;
+use crate::usage::{self, Usage};
 
 /// Image ID (hexadecimal) to a [`Record`] in JSON.
 const IMAGES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("images");
@@ -43,17 +46,20 @@ pub(super) struct Record {
     pub layers: Vec<DiffId>,
     /// Bytes on disk of all its layers and blobs.
     pub size: u64,
-    pub pinned: bool,
     pub defaults: ContainerDefaults,
+    /// Names under which its signature was verified, with the key that did it.
+    #[serde(default)]
+    pub verified: BTreeMap<String, Digest>,
 }
 
 /// The store. All methods block on the disk.
 pub(super) struct Store {
     root: PathBuf,
-    database: Database,
+    /// `None` after a failure of the disk: redb takes nothing more then, until the file is opened anew.
+    database: RwLock<Option<Database>>,
     /// Layers that requests under way need, with how many do. Held while files are removed, so that none of them is
     /// one that a request has just found to be there.
-    pins: Mutex<HashMap<Digest, usize>>,
+    pins: Arc<Mutex<HashMap<Digest, usize>>>,
 }
 
 /// A file that is being written and has no name in the store yet; removed when dropped.
@@ -63,8 +69,8 @@ pub(super) struct Partial {
 }
 
 /// Keeps layers and blobs from being collected while it lives.
-pub(super) struct Pins<'a> {
-    store: &'a Store,
+pub(super) struct Pins {
+    pins: Arc<Mutex<HashMap<Digest, usize>>>,
     held: Vec<Digest>,
 }
 
@@ -86,21 +92,48 @@ impl Store {
                 .path();
             fs::remove_file(&path).map_err(|error| ImageError::disk("remove", &path, error))?;
         }
-        let file = root.join("images.redb");
-        let database = Database::create(&file).map_err(|error| ImageError::Database {
-            path: file.clone(),
-            reason: error.to_string(),
-        })?;
         let store = Self {
             root: root.to_owned(),
-            database,
-            pins: Mutex::default(),
+            database: RwLock::new(None),
+            pins: Arc::default(),
         };
-        let transaction = store.db(store.database.begin_write())?;
-        store.db(transaction.open_table(IMAGES).map(drop))?;
-        store.db(transaction.commit())?;
+        store.reopen()?;
         store.forget_incomplete()?;
         Ok(store)
+    }
+
+    /// Opens the database, anew if it was open.
+    fn reopen(&self) -> Result<(), ImageError> {
+        let slot = self.database.write();
+        let mut slot = slot.unwrap_or_else(PoisonError::into_inner);
+        // Closed first: the file is locked as long as it is open.
+        *slot = None;
+        let database = self.db(Database::create(self.root.join("images.redb")))?;
+        let transaction = self.db(database.begin_write())?;
+        self.db(transaction.open_table(IMAGES).map(drop))?;
+        self.db(transaction.commit())?;
+        *slot = Some(database);
+        Ok(())
+    }
+
+    /// Works with the database; once more on the file opened anew if the disk failed.
+    fn with<T>(
+        &self,
+        mut work: impl FnMut(&Database) -> Result<T, ImageError>,
+    ) -> Result<T, ImageError> {
+        let mut once = || match &*self.database.read().unwrap_or_else(PoisonError::into_inner) {
+            Some(database) => work(database),
+            None => Err(self.failed("the disk failed before")),
+        };
+        match once() {
+            Err(
+                ImageError::Database { .. } | ImageError::Disk { .. } | ImageError::DiskFull { .. },
+            ) => {
+                self.reopen()?;
+                once()
+            }
+            result => result,
+        }
     }
 
     pub(super) fn root(&self) -> &Path {
@@ -111,6 +144,12 @@ impl Store {
         self.root
             .join("layers")
             .join(format!("{}.erofs", layer.hex()))
+    }
+
+    fn recipe_path(&self, layer: &DiffId) -> PathBuf {
+        self.root
+            .join("layers")
+            .join(format!("{}.recipe", layer.hex()))
     }
 
     fn blob_path(&self, blob: &Digest) -> PathBuf {
@@ -149,9 +188,49 @@ impl Store {
         Ok(partial)
     }
 
-    /// Gives a complete, synced layer its name.
-    pub(super) fn publish_layer(&self, layer: &DiffId, path: TempPath) -> Result<(), ImageError> {
-        self.publish(path, &self.layer_path(layer))
+    /// Gives a complete, synced layer its name; its recipe first, as the layer is there when its image is.
+    pub(super) fn publish_layer(
+        &self,
+        layer: &DiffId,
+        image: TempPath,
+        recipe: TempPath,
+    ) -> Result<(), ImageError> {
+        self.publish(recipe, &self.recipe_path(layer))?;
+        self.publish(image, &self.layer_path(layer))
+    }
+
+    /// A layer's tar stream, made again. What the disk did to it, its digest tells.
+    pub(super) fn tar_again(&self, layer: &DiffId) -> Result<Again, ImageError> {
+        let open = |path: PathBuf| {
+            File::open(&path).map_err(|error| match error.kind() {
+                io::ErrorKind::NotFound => ImageError::unsupported(
+                    format!("layer {}", layer.short()),
+                    format!(
+                        "{} is missing; remove the image and pull it again",
+                        path.display()
+                    ),
+                ),
+                _ => ImageError::disk("open", &path, error),
+            })
+        };
+        let recipe = open(self.recipe_path(layer))?;
+        let image = open(self.layer_path(layer))?;
+        Again::new(recipe, image)
+            .map_err(|error| ImageError::disk("read", &self.recipe_path(layer), error))
+    }
+
+    /// A blob that is kept, verified.
+    pub(super) fn read_blob(&self, digest: &Digest) -> Result<Vec<u8>, ImageError> {
+        let path = self.blob_path(digest);
+        let mut bytes = Vec::new();
+        File::open(&path)
+            .and_then(|file| file.take(MAX_CONFIG + 1).read_to_end(&mut bytes))
+            .map_err(|error| ImageError::disk("read", &path, error))?;
+        if Digest::of(&bytes) != *digest {
+            let reason = "its content has changed; remove the image and pull it again";
+            return Err(ImageError::corrupt(path.display().to_string(), reason));
+        }
+        Ok(bytes)
     }
 
     /// Keeps a blob whose digest was checked.
@@ -183,7 +262,7 @@ impl Store {
         let layers: HashSet<PathBuf> = record
             .layers
             .iter()
-            .map(|layer| self.layer_path(layer))
+            .flat_map(|layer| [self.layer_path(layer), self.recipe_path(layer)])
             .collect();
         let blobs = record
             .manifests
@@ -199,77 +278,103 @@ impl Store {
     }
 
     /// Keeps `digests` from being collected while the result lives.
-    pub(super) fn pin(&self, digests: Vec<Digest>) -> Pins<'_> {
-        let mut pins = self.pins();
+    pub(super) fn pin(&self, digests: Vec<Digest>) -> Pins {
+        self.pin_in(&mut lock(&self.pins), digests)
+    }
+
+    fn pin_in(&self, pins: &mut HashMap<Digest, usize>, digests: Vec<Digest>) -> Pins {
         for digest in &digests {
             *pins.entry(*digest).or_default() += 1;
         }
         Pins {
-            store: self,
+            pins: self.pins.clone(),
             held: digests,
         }
     }
 
-    fn pins(&self) -> MutexGuard<'_, HashMap<Digest, usize>> {
-        // Counts stay right whatever panicked.
-        self.pins.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The record that `find` chooses, with its layers kept from being collected.
+    pub(super) fn hold(
+        &self,
+        find: impl FnOnce(Vec<Record>) -> Result<Option<Record>, ImageError>,
+    ) -> Result<Option<(Record, Pins)>, ImageError> {
+        // No layer goes between the look and the pin.
+        let mut pins = lock(&self.pins);
+        let Some(record) = find(self.records()?)? else {
+            return Ok(None);
+        };
+        let held = self.pin_in(&mut pins, record.layers.clone());
+        Ok(Some((record, held)))
     }
 
     /// All records, by image ID.
     pub(super) fn records(&self) -> Result<Vec<Record>, ImageError> {
-        let transaction = self.db(self.database.begin_read())?;
-        let table = self.db(transaction.open_table(IMAGES))?;
-        let mut records = Vec::new();
-        for row in self.db(table.iter())? {
-            let (_, value) = self.db(row)?;
-            records.push(self.parse(value.value())?);
-        }
-        Ok(records)
-    }
-
-    /// Changes records in one transaction: what `change` makes of all of them is what is stored.
-    pub(super) fn update<T>(
-        &self,
-        change: impl FnOnce(&mut Vec<Record>) -> Result<T, ImageError>,
-    ) -> Result<T, ImageError> {
-        let transaction = self.db(self.database.begin_write())?;
-        let result;
-        {
-            let mut table = self.db(transaction.open_table(IMAGES))?;
-            let mut old = HashMap::new();
+        self.with(|database| {
+            let transaction = self.db(database.begin_read())?;
+            let table = self.db(transaction.open_table(IMAGES))?;
             let mut records = Vec::new();
             for row in self.db(table.iter())? {
-                let (key, value) = self.db(row)?;
-                old.insert(key.value().to_owned(), value.value().to_vec());
+                let (_, value) = self.db(row)?;
                 records.push(self.parse(value.value())?);
             }
-            result = change(&mut records)?;
-            for record in &records {
-                let key = record.id.hex();
-                let value = serde_json::to_vec(record).map_err(|error| self.failed(error))?;
-                if old.remove(&key).as_ref() != Some(&value) {
-                    self.db(table.insert(key.as_str(), value.as_slice()))?;
-                }
-            }
-            for key in old.keys() {
-                self.db(table.remove(key.as_str()))?;
-            }
-        }
-        self.db(transaction.commit())?;
-        Ok(result)
+            Ok(records)
+        })
     }
 
-    /// Removes files that no record, no request and none of `in_use` needs. Returns how many bytes that freed.
-    pub(super) fn collect(&self, in_use: &HashSet<DiffId>) -> Result<u64, ImageError> {
-        let pins = self.pins();
-        let mut needed: HashSet<Digest> = pins.keys().chain(in_use).copied().collect();
+    /// Changes records in one transaction: what `change` makes of all of them is what is stored. It may be asked twice.
+    pub(super) fn update<T>(
+        &self,
+        mut change: impl FnMut(&mut Vec<Record>) -> Result<T, ImageError>,
+    ) -> Result<T, ImageError> {
+        self.with(|database| {
+            let transaction = self.db(database.begin_write())?;
+            let result;
+            {
+                let mut table = self.db(transaction.open_table(IMAGES))?;
+                let mut old = HashMap::new();
+                let mut records = Vec::new();
+                for row in self.db(table.iter())? {
+                    let (key, value) = self.db(row)?;
+                    old.insert(key.value().to_owned(), value.value().to_vec());
+                    records.push(self.parse(value.value())?);
+                }
+                result = change(&mut records)?;
+                for record in &records {
+                    let key = record.id.hex();
+                    let value = serde_json::to_vec(record).map_err(|error| self.failed(error))?;
+                    if old.remove(&key).as_ref() != Some(&value) {
+                        self.db(table.insert(key.as_str(), value.as_slice()))?;
+                    }
+                }
+                for key in old.keys() {
+                    self.db(table.remove(key.as_str()))?;
+                }
+            }
+            self.db(transaction.commit())?;
+            Ok(result)
+        })
+    }
+
+    /// Removes files that no record, no request and nothing `in_use` needs. Returns how many bytes that freed. Whoever
+    /// takes a layer into use holds it (see [`Store::hold`]) until `in_use` tells of it.
+    pub(super) fn collect(
+        &self,
+        in_use: impl FnOnce() -> HashSet<DiffId>,
+    ) -> Result<u64, ImageError> {
+        let pins = lock(&self.pins);
+        let mut needed = in_use();
+        needed.extend(pins.keys().copied());
         for record in self.records()? {
             needed.insert(record.id);
             needed.extend(record.manifests);
             needed.extend(record.layers);
         }
         let mut freed = 0;
-        for (directory, suffix) in [("blobs/sha256", ""), ("layers", ".erofs")] {
+        for (directory, suffix) in [
+            ("blobs/sha256", ""),
+            // A recipe without its layer is no harm.
+            ("layers", ".erofs"),
+            ("layers", ".recipe"),
+        ] {
             let directory = self.root.join(directory);
             let read = |error| ImageError::disk("read", &directory, error);
             for entry in fs::read_dir(&directory).map_err(read)? {
@@ -290,25 +395,9 @@ impl Store {
         Ok(freed)
     }
 
-    /// Bytes and inodes that the store takes.
-    pub(super) fn usage(&self) -> Result<(u64, u64), ImageError> {
-        let (mut bytes, mut inodes) = (0, 0);
-        for directory in ["", "blobs/sha256", "layers", "tmp"] {
-            let directory = self.root.join(directory);
-            let read = |error| ImageError::disk("read", &directory, error);
-            for entry in fs::read_dir(&directory).map_err(read)? {
-                match entry.map_err(read)?.metadata() {
-                    Ok(file) => {
-                        bytes += file.blocks() * 512;
-                        inodes += 1;
-                    }
-                    // It went away meanwhile.
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                    Err(error) => return Err(read(error)),
-                }
-            }
-        }
-        Ok((bytes, inodes))
+    /// Bytes and inodes that the store takes, its own directories included.
+    pub(super) fn usage(&self) -> Usage {
+        usage::below(&[&self.root])
     }
 
     /// A record whose files are not all there (a disk that was damaged, a file deleted by hand) is no image.
@@ -351,9 +440,14 @@ impl Store {
     }
 }
 
-impl Drop for Pins<'_> {
+/// Counts stay right whatever panicked.
+fn lock(pins: &Mutex<HashMap<Digest, usize>>) -> MutexGuard<'_, HashMap<Digest, usize>> {
+    pins.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Drop for Pins {
     fn drop(&mut self) {
-        let mut pins = self.store.pins();
+        let mut pins = lock(&self.pins);
         for digest in &self.held {
             if let Some(count) = pins.get_mut(digest) {
                 *count -= 1;

@@ -56,6 +56,11 @@ impl DataWriter {
         }
     }
 
+    /// Where in the image the file's next byte goes; `None` for a short file, which gets its place at the end.
+    pub(crate) fn place(&self, file: &Writing) -> Option<u64> {
+        (!file.inline).then_some(self.position)
+    }
+
     /// Adds data to the file. More than its size is an error.
     pub(crate) fn write(&mut self, file: &mut Writing, bytes: &[u8]) -> io::Result<()> {
         let count = bytes.len() as u64;

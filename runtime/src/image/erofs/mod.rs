@@ -17,6 +17,8 @@
 pub(crate) mod data;
 mod format;
 pub(crate) mod image;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod reader;
 pub(crate) mod tree;
 
 /// Bytes of a block.

@@ -123,6 +123,39 @@ mod tests {
         }
     }
 
+    /// zstd:chunked puts its table of contents into frames that other readers pass over.
+    #[test]
+    fn skippable_frames() {
+        let skippable = |data: &[u8]| {
+            let mut frame = 0x184d_2a50_u32.to_le_bytes().to_vec();
+            frame.extend((data.len() as u32).to_le_bytes());
+            frame.extend_from_slice(data);
+            frame
+        };
+        let frame = |text: &[u8]| zstd::encode_all(text, 3).unwrap();
+        let blob = [
+            frame(b"one "),
+            skippable(b"between"),
+            frame(b"two"),
+            skippable(&[7; 100_000]),
+            skippable(b""),
+        ]
+        .concat();
+        let read = |blob: &[u8]| {
+            let mut text = String::new();
+            Compression::Zstd
+                .reader(blob)
+                .unwrap()
+                .read_to_string(&mut text)
+                .map(|_| text)
+        };
+        assert_eq!(read(&blob).unwrap(), "one two");
+        assert!(
+            read(&blob[..blob.len() - 50]).is_err(),
+            "a frame is cut off"
+        );
+    }
+
     #[test]
     fn ratio() {
         let limits = UnpackLimits {

@@ -2,6 +2,9 @@
 
 mod apply;
 mod decompress;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
+mod recipe;
 pub(crate) mod tar;
 
 use std::fs::File;
@@ -16,6 +19,8 @@ use super::erofs::{BLOCK, image};
 use super::error::ImageError;
 use apply::{Applier, Prepared};
 pub use decompress::{Compression, UnpackLimits};
+pub(crate) use recipe::Again;
+use recipe::Recorder;
 use tar::{Entry, Stream, TarReader};
 
 /// What is known of a layer before it is read.
@@ -45,9 +50,20 @@ pub(crate) struct Watch {
     pub cancelled: Arc<AtomicBool>,
 }
 
-/// Reads a layer's blob to its end and writes its EROFS image into the empty file `image`; `spool` is scratch space.
-/// The image may be used only if this returns without an error: size, digest and diff ID are right then.
-/// `path` is the image's, for messages.
+/// The empty files that a conversion writes.
+pub(crate) struct Outputs<'a> {
+    /// Becomes the EROFS image.
+    pub image: File,
+    /// Where that is, for messages.
+    pub path: &'a Path,
+    /// Becomes the recipe, by which [`Again`] makes the tar stream again.
+    pub recipe: File,
+    /// Scratch space.
+    pub spool: File,
+}
+
+/// Reads a layer's blob to its end and writes its EROFS image and recipe, both on the disk at the end.
+/// They may be used only if this returns without an error: size, digest and diff ID are right then.
 ///
 /// # Errors
 /// [`ImageError::Corrupt`] for content that is not what it should be, [`ImageError::TooLarge`] for a bomb,
@@ -55,13 +71,14 @@ pub(crate) struct Watch {
 pub(crate) fn convert(
     spec: &LayerSpec,
     blob: impl Read + Send,
-    image: File,
-    spool: File,
-    path: &Path,
+    outputs: Outputs<'_>,
     limits: &UnpackLimits,
     watch: &Watch,
-) -> Result<File, ImageError> {
+) -> Result<(), ImageError> {
     let what = spec.what();
+    let path = outputs.path;
+    let disk = |error| ImageError::disk("write", path, error);
+    let recorder = Recorder::new(outputs.recipe).map_err(disk)?;
     let content = |error| ImageError::content(&what, error);
     let mut head = [0; 4];
     let mut raw = BlobReader {
@@ -89,9 +106,12 @@ pub(crate) fn convert(
             size: 0,
             limits,
             what: &what,
+            path,
             watch,
+            recorder: &recorder,
         };
-        let image = unpack(spec, &mut tar, image, spool, path, limits)?;
+        let writer = DataWriter::new(outputs.image, outputs.spool).map_err(disk)?;
+        let image = unpack(spec, &mut tar, writer, &recorder, path, limits)?;
         // What follows the archive's end counts for the diff ID too.
         io::copy(&mut tar, &mut io::sink()).map_err(content)?;
         (image, tar.hasher.finish())
@@ -124,24 +144,24 @@ pub(crate) fn convert(
             ),
         ));
     }
-    image
+    let recipe = recorder.finish().map_err(disk)?;
+    recipe
         .sync_all()
-        .map_err(|error| ImageError::disk("sync", path, error))?;
-    Ok(image)
+        .and_then(|()| image.sync_all())
+        .map_err(|error| ImageError::disk("sync", path, error))
 }
 
 fn unpack(
     spec: &LayerSpec,
     tar: &mut impl Read,
-    image: File,
-    spool: File,
+    mut writer: DataWriter,
+    recorder: &Recorder,
     path: &Path,
     limits: &UnpackLimits,
 ) -> Result<File, ImageError> {
     let what = spec.what();
     let content = |error| ImageError::content(&what, error);
     let disk = |error| ImageError::disk("write", path, error);
-    let mut writer = DataWriter::new(image, spool).map_err(disk)?;
     let mut applier = Applier::new(&spec.diff_id);
     let mut reader = TarReader::new(Stream(tar));
     let mut buffer = vec![0; 256 << 10];
@@ -162,6 +182,9 @@ fn unpack(
         let mut file = writer.begin(size);
         for (hole, length) in segments(&entry, size) {
             writer.zeros(&mut file, hole).map_err(disk)?;
+            if let Some(place) = writer.place(&file).filter(|_| length > 0) {
+                recorder.range(place, length).map_err(disk)?;
+            }
             let mut left = length;
             while left > 0 {
                 let want = buffer
@@ -233,14 +256,17 @@ impl<R: Read> Read for BlobReader<'_, R> {
     }
 }
 
-/// The tar stream: counted, bounded and hashed.
+/// The tar stream: counted, bounded, hashed and recorded.
 struct PlainReader<'a, R> {
     inner: R,
     hasher: Hasher,
     size: u64,
     limits: &'a UnpackLimits,
     what: &'a str,
+    /// The image's, for messages.
+    path: &'a Path,
     watch: &'a Watch,
+    recorder: &'a Recorder,
 }
 
 impl<R: Read> Read for PlainReader<'_, R> {
@@ -255,6 +281,9 @@ impl<R: Read> Read for PlainReader<'_, R> {
         let packed = self.watch.read.load(Ordering::Relaxed);
         self.limits.check(self.what, packed, self.size, image)?;
         self.hasher.update(&buffer[..count]);
+        self.recorder
+            .passed(&buffer[..count])
+            .map_err(|error| ImageError::disk("write", self.path, error))?;
         Ok(count)
     }
 }

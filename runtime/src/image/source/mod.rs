@@ -11,7 +11,7 @@ use std::io::Read;
 use super::digest::Digest;
 use super::document::{
     Descriptor, Document, ImageDocument, MAX_INDEX_DEPTH, MAX_MANIFEST, Manifest, compression,
-    select,
+    is_foreign, select,
 };
 use super::error::ImageError;
 use super::layer::LayerSpec;
@@ -49,6 +49,8 @@ pub(super) struct Found {
 pub(super) enum Location {
     /// A blob.
     Blob(Digest, u64),
+    /// A blob that the registry may not have: it is at one of these addresses.
+    Foreign(Digest, u64, Vec<String>),
     /// A member of a `docker save` archive.
     Member(String),
 }
@@ -112,12 +114,14 @@ impl Source {
         }
     }
 
-    /// Follows a manifest or index to the image for linux/amd64, and reads its configuration.
+    /// Follows a manifest or index to the image for linux/amd64, and reads its configuration. `foreign`: whether its
+    /// layers may be elsewhere.
     pub(super) async fn resolve(
         &self,
         what: &str,
         digest: Digest,
         bytes: Vec<u8>,
+        foreign: bool,
     ) -> Result<Found, ImageError> {
         let mut manifests = vec![(digest, bytes)];
         for _ in 0..=MAX_INDEX_DEPTH {
@@ -129,6 +133,14 @@ impl Source {
                     manifests.push((chosen.digest, bytes));
                 }
                 Document::Manifest(manifest) => {
+                    if !foreign && let Some(layer) = manifest.layers.iter().find(|l| is_foreign(l))
+                    {
+                        let reason = format!(
+                            "the layer {} is not distributed by registries; set images.foreign_layers = true to fetch such layers from where the manifest says",
+                            layer.digest
+                        );
+                        return Err(ImageError::unsupported(what, reason));
+                    }
                     return self.found(what, digest, manifests, manifest).await;
                 }
             }
@@ -168,7 +180,13 @@ impl Source {
                     compression: Some(compression),
                     diff_id: *diff_id,
                 };
-                (spec, Location::Blob(layer.digest, layer.size))
+                let location = match &layer.urls {
+                    Some(urls) if is_foreign(layer) && !urls.is_empty() => {
+                        Location::Foreign(layer.digest, layer.size, urls.clone())
+                    }
+                    _ => Location::Blob(layer.digest, layer.size),
+                };
+                (spec, location)
             })
             .collect();
         let config = (manifest.config.digest, config);
@@ -186,9 +204,15 @@ impl Source {
     pub(super) fn open(&self, location: &Location) -> Result<Box<dyn Read + Send>, ImageError> {
         match (self, location) {
             (Self::Registry(session), Location::Blob(digest, size)) => {
-                Ok(Box::new(session.stream(*digest, *size)))
+                Ok(Box::new(session.stream(*digest, *size, &[])?))
             }
-            (Self::Files(files), Location::Blob(digest, size)) => files.open(digest, *size),
+            (Self::Registry(session), Location::Foreign(digest, size, urls)) => {
+                Ok(Box::new(session.stream(*digest, *size, urls)?))
+            }
+            (
+                Self::Files(files),
+                Location::Blob(digest, size) | Location::Foreign(digest, size, _),
+            ) => files.open(digest, *size),
             (Self::Files(Files::Archive(archive)), Location::Member(name)) => archive.open(name),
             _ => Err(ImageError::Internal {
                 reason: "a layer's place does not fit its source".to_owned(),
@@ -200,7 +224,7 @@ impl Source {
 /// Bytes that the source says a layer has, for progress; 0 if it does not say.
 pub(super) fn stated_size(source: &Source, location: &Location) -> u64 {
     match (source, location) {
-        (_, Location::Blob(_, size)) => *size,
+        (_, Location::Blob(_, size) | Location::Foreign(_, size, _)) => *size,
         (Source::Files(Files::Archive(archive)), Location::Member(name)) => {
             archive.size(name).unwrap_or(0)
         }

@@ -1,4 +1,5 @@
 mod hostile;
+mod round_trip;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -19,6 +20,19 @@ impl Made {
     fn path(&self) -> PathBuf {
         self.directory.path().join("layer.erofs")
     }
+
+    /// The tar stream, made again.
+    fn again(&self) -> Vec<u8> {
+        let open = |path: PathBuf| fs::File::open(path).unwrap();
+        let both = || {
+            let recipe = open(self.directory.path().join("layer.recipe"));
+            Again::new(recipe, open(self.path())).unwrap()
+        };
+        let mut tar = Vec::new();
+        both().read_to_end(&mut tar).unwrap();
+        assert_eq!(both().length().unwrap(), tar.len() as u64);
+        tar
+    }
 }
 
 const LIMITS: UnpackLimits = UnpackLimits {
@@ -29,9 +43,13 @@ const LIMITS: UnpackLimits = UnpackLimits {
 fn make_with(spec: LayerSpec, blob: &[u8], limits: UnpackLimits) -> Made {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("layer.erofs");
-    let image = fs::File::create_new(&path).unwrap();
-    let spool = tempfile::tempfile().unwrap();
-    let result = convert(&spec, blob, image, spool, &path, &limits, &Watch::default()).map(drop);
+    let outputs = Outputs {
+        image: fs::File::create_new(&path).unwrap(),
+        path: &path,
+        recipe: fs::File::create_new(directory.path().join("layer.recipe")).unwrap(),
+        spool: tempfile::tempfile().unwrap(),
+    };
+    let result = convert(&spec, blob, outputs, &limits, &Watch::default());
     Made { directory, result }
 }
 
@@ -48,6 +66,10 @@ fn make(tar: &[u8]) -> Made {
 fn mount(tar: &[u8]) -> Option<(Made, Mounted)> {
     let made = make(tar);
     made.result.as_ref().unwrap();
+    assert!(
+        made.again() == tar,
+        "the tar stream is another when it is made again"
+    );
     fsck(&made.path());
     let mounted = Mounted::new(&made.path())?;
     Some((made, mounted))

@@ -4,10 +4,11 @@ use std::fmt;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use reqwest::StatusCode;
 use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderValue};
 use serde::Deserialize;
 
-use super::{Session, body, chain};
+use super::endpoint::{Endpoint, chain};
 use crate::image::error::ImageError;
 
 /// Largest answer of a token server, in bytes.
@@ -88,11 +89,11 @@ enum Challenge {
     },
 }
 
-impl Session {
+impl Endpoint {
     /// Gets the header that answers one of the challenges, for the requests that follow.
     pub(super) async fn authenticate(&self, challenges: &[String]) -> Result<(), ImageError> {
         let parsed: Vec<Challenge> = challenges.iter().filter_map(|text| parse(text)).collect();
-        let auth = self.0.auth.as_ref();
+        let auth = self.auth.as_ref();
         let value = if let Some(Auth::Bearer(token)) = auth {
             format!("Bearer {token}")
         } else if let Some(bearer) = parsed
@@ -112,7 +113,7 @@ impl Session {
             self.unauthorized("the credentials have characters that HTTP does not allow".to_owned())
         })?;
         header.set_sensitive(true);
-        *self.0.header.lock().await = Some(header);
+        *self.header.lock().await = Some(header);
         Ok(())
     }
 
@@ -132,11 +133,10 @@ impl Session {
         let url = reqwest::Url::parse(realm)
             .map_err(|_| self.failed("its token server has no valid URL".to_owned()))?;
         // The credentials go there: over a connection that is no worse than the registry's own.
-        if url.scheme() != "https" && !(url.scheme() == "http" && self.0.base.starts_with("http:"))
-        {
+        if url.scheme() != "https" && (url.scheme() != "http" || self.is_secure()) {
             return Err(self.failed("its token server is not on https".to_owned()));
         }
-        let default_scope = format!("repository:{}:pull", self.0.repository);
+        let default_scope = format!("repository:{}:pull", self.repository);
         let mut query = vec![("scope", scope.as_deref().unwrap_or(&default_scope))];
         query.extend(service.as_deref().map(|service| ("service", service)));
         let request = if let Some(Auth::Identity(token)) = auth {
@@ -149,30 +149,31 @@ impl Session {
             let mut form = url.clone();
             form.query_pairs_mut().clear().extend_pairs(&query);
             let form = form.query().unwrap_or_default().to_owned();
-            self.0
-                .client
+            self.client
                 .post(url)
                 .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
                 .body(form)
         } else {
             let mut url = url;
             url.query_pairs_mut().extend_pairs(&query);
-            let request = self.0.client.get(url);
+            let request = self.client.get(url);
             match auth.and_then(Auth::basic) {
                 Some(basic) => request.header(AUTHORIZATION, basic),
                 None => request,
             }
         };
-        let response = tokio::time::timeout(self.0.stall, request.send())
+        let response = tokio::time::timeout(self.stall, request.send())
             .await
             .map_err(|_| self.stalled("a token"))?
             .map_err(|error| self.failed(chain(&error)))?;
-        if !response.status().is_success() {
-            return Err(
-                self.unauthorized(format!("its token server answers {}", response.status()))
-            );
+        let status = response.status();
+        if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS {
+            return Err(self.failed(format!("its token server answers {status}")));
         }
-        let bytes = body::read(response, MAX_TOKEN, &self.0.host, "a token", self.0.stall).await?;
+        if !status.is_success() {
+            return Err(self.unauthorized(format!("its token server answers {status}")));
+        }
+        let bytes = self.body(response, "a token").all(MAX_TOKEN).await?;
         #[derive(Deserialize)]
         struct Answer {
             token: Option<String>,

@@ -1,12 +1,14 @@
 //! Answers of a registry, bounded in size and time.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use reqwest::Response;
 use tokio::time::Instant;
 
-use super::chain;
+use super::Activity;
+use super::endpoint::chain;
 use crate::image::error::ImageError;
 
 /// What must arrive within the stall time-out, in bytes: a byte now and then is not progress.
@@ -19,18 +21,26 @@ pub(super) struct Body {
     host: String,
     what: String,
     stall: Duration,
+    activity: Arc<Activity>,
     /// Of the current window: the waiting that is left, and what has arrived.
     left: Duration,
     arrived: u64,
 }
 
 impl Body {
-    pub(super) fn new(response: Response, host: &str, what: &str, stall: Duration) -> Self {
+    pub(super) fn new(
+        response: Response,
+        host: &str,
+        what: &str,
+        stall: Duration,
+        activity: Arc<Activity>,
+    ) -> Self {
         Self {
             response,
             host: host.to_owned(),
             what: what.to_owned(),
             stall,
+            activity,
             left: stall,
             arrived: 0,
         }
@@ -39,7 +49,10 @@ impl Body {
     /// The next part; `None` at the end.
     pub(super) async fn next(&mut self) -> Result<Option<Bytes>, ImageError> {
         let begin = Instant::now();
-        let part = tokio::time::timeout(self.left, self.response.chunk()).await;
+        let part = {
+            let _waiting = self.activity.waiting();
+            tokio::time::timeout(self.left, self.response.chunk()).await
+        };
         self.left = self.left.saturating_sub(begin.elapsed());
         let Ok(part) = part else {
             return Err(ImageError::Stalled {
@@ -52,41 +65,39 @@ impl Body {
             registry: self.host.clone(),
             reason: chain(&error),
         })?;
-        self.arrived += part.as_ref().map_or(0, |part| part.len() as u64);
+        match &part {
+            Some(part) => self.arrived += part.len() as u64,
+            None => self.activity.answered(),
+        }
         if self.arrived >= MIN_PROGRESS {
             (self.left, self.arrived) = (self.stall, 0);
         }
         Ok(part)
     }
-}
 
-/// A whole body of at most `limit` bytes.
-pub(super) async fn read(
-    response: Response,
-    limit: u64,
-    host: &str,
-    what: &str,
-    stall: Duration,
-) -> Result<Vec<u8>, ImageError> {
-    let too_large = || {
-        ImageError::too_large(
-            what,
-            format!("registry {host} sends more than the {limit} bytes that it may have"),
-        )
-    };
-    if response
-        .content_length()
-        .is_some_and(|length| length > limit)
-    {
-        return Err(too_large());
-    }
-    let mut body = Body::new(response, host, what, stall);
-    let mut bytes = Vec::new();
-    while let Some(part) = body.next().await? {
-        if (bytes.len() + part.len()) as u64 > limit {
-            return Err(too_large());
+    /// The whole body, of at most `limit` bytes.
+    pub(super) async fn all(mut self, limit: u64) -> Result<Vec<u8>, ImageError> {
+        let too_large = |body: &Self| {
+            ImageError::too_large(
+                &*body.what,
+                format!(
+                    "registry {} sends more than the {limit} bytes that it may have",
+                    body.host
+                ),
+            )
+        };
+        let stated = self.response.content_length();
+        if stated.is_some_and(|length| length > limit) {
+            return Err(too_large(&self));
         }
-        bytes.extend_from_slice(&part);
+        let mut bytes = Vec::new();
+        while let Some(part) = self.next().await? {
+            if (bytes.len() + part.len()) as u64 > limit {
+                return Err(too_large(&self));
+            }
+            self.activity.arrived(part.len() as u64);
+            bytes.extend_from_slice(&part);
+        }
+        Ok(bytes)
     }
-    Ok(bytes)
 }

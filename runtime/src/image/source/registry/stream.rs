@@ -4,12 +4,12 @@ use std::io::{self, Read};
 
 use bytes::Bytes;
 use reqwest::StatusCode;
-use reqwest::header::CONTENT_RANGE;
+use reqwest::header::{CONTENT_RANGE, HeaderMap, HeaderValue, RANGE};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-use super::body::Body;
-use super::{Session, back_off};
+use super::endpoint::{Endpoint, back_off};
+use super::{Need, Session};
 use crate::image::digest::Digest;
 use crate::image::error::ImageError;
 
@@ -31,12 +31,19 @@ pub(in crate::image) struct BlobStream {
 }
 
 impl BlobStream {
-    pub(super) fn start(session: Session, digest: Digest, size: u64) -> Self {
+    pub(super) fn start(
+        session: Session,
+        foreign: Vec<Endpoint>,
+        digest: Digest,
+        size: u64,
+    ) -> Self {
         let (sender, parts) = mpsc::channel(PARTS);
         let task = tokio::spawn(async move {
-            let last = download(&session, &digest, size, &sender)
-                .await
-                .map(|()| None);
+            let last = tokio::select! {
+                result = download(&session, &foreign, &digest, size, &sender) => result.map(|()| None),
+                // The reader waits, and cannot be told otherwise.
+                () = session.0.activity.cancelled() => Err(ImageError::Cancelled { what: digest.to_string() }),
+            };
             // The reader may be gone, and then nobody asks.
             let _ = sender.send(last).await;
         });
@@ -79,66 +86,96 @@ impl Read for BlobStream {
 
 type Sender = mpsc::Sender<Result<Option<Bytes>, ImageError>>;
 
+/// Fetches the blob from the first server that gives it. One that breaks off is asked for the rest, again and again while
+/// something comes; then the next server is.
 async fn download(
     session: &Session,
+    foreign: &[Endpoint],
     digest: &Digest,
     size: u64,
     sender: &Sender,
 ) -> Result<(), ImageError> {
-    let what = digest.to_string();
-    let (mut offset, mut failures) = (0u64, 0);
-    loop {
-        let before = offset;
-        let error = match part(session, digest, size, &mut offset, sender).await {
-            Ok(()) if offset == size => return Ok(()),
-            Ok(()) => ImageError::corrupt(
-                &*what,
-                format!(
-                    "registry {} ends it after {offset} of {size} bytes",
-                    session.0.host
-                ),
-            ),
-            Err(error @ (ImageError::Registry { .. } | ImageError::Stalled { .. })) => error,
-            Err(error) => return Err(error),
-        };
-        let moved = offset - before >= MIN_RESUMED;
-        if !moved && matches!(error, ImageError::Stalled { .. }) {
-            return Err(error);
+    let mut offset = 0;
+    let mut failure = None;
+    for endpoint in foreign.iter().chain(session.endpoints(Need::Pull)) {
+        match from(endpoint, digest, size, &mut offset, sender).await {
+            Ok(()) => return Ok(()),
+            Err(error @ ImageError::Cancelled { .. }) => return Err(error),
+            Err(error) => {
+                tracing::debug!(host = endpoint.name(), %digest, offset, %error, "download failed");
+                failure = Some(error);
+            }
         }
-        failures = if moved { 0 } else { failures + 1 };
-        if failures >= RESUMES || sender.is_closed() {
-            return Err(error);
-        }
-        tracing::debug!(%digest, offset, %error, "download is taken up again");
-        tokio::time::sleep(back_off(failures)).await;
     }
+    Err(failure.unwrap_or_else(|| session.nobody(Need::Pull)))
 }
 
-/// One request: what comes of the blob from `offset` on.
-async fn part(
-    session: &Session,
+/// The blob from `offset` on, from one server.
+async fn from(
+    endpoint: &Endpoint,
     digest: &Digest,
     size: u64,
     offset: &mut u64,
     sender: &Sender,
 ) -> Result<(), ImageError> {
     let what = digest.to_string();
-    let response = session.blob(digest, *offset).await?;
+    let mut failures = 0;
+    loop {
+        let before = *offset;
+        let error = match part(endpoint, digest, size, offset, sender).await {
+            Ok(()) if *offset == size => return Ok(()),
+            Ok(()) => {
+                let host = endpoint.name();
+                let reason = format!("registry {host} ends it after {offset} of {size} bytes");
+                ImageError::corrupt(&*what, reason)
+            }
+            Err(error @ (ImageError::Registry { .. } | ImageError::Stalled { .. })) => error,
+            Err(error) => return Err(error),
+        };
+        if *offset - before >= MIN_RESUMED {
+            failures = 0;
+        } else if !matches!(error, ImageError::Stalled { .. }) {
+            // How long nothing may come is the pull's time-out to say.
+            failures += 1;
+        }
+        if failures >= RESUMES || sender.is_closed() {
+            return Err(error);
+        }
+        tracing::debug!(host = endpoint.name(), %digest, offset, %error, "download is taken up again");
+        let _waiting = endpoint.activity.waiting();
+        tokio::time::sleep(back_off(failures)).await;
+    }
+}
+
+/// One request: what comes of the blob from `offset` on.
+async fn part(
+    endpoint: &Endpoint,
+    digest: &Digest,
+    size: u64,
+    offset: &mut u64,
+    sender: &Sender,
+) -> Result<(), ImageError> {
+    let what = digest.to_string();
+    let host = endpoint.name();
+    let wrong = |reason: String| Err(ImageError::corrupt(&*what, reason));
+    let mut headers = HeaderMap::new();
+    if *offset > 0 {
+        let range = HeaderValue::try_from(format!("bytes={offset}-"));
+        let range = range.map_err(|error| endpoint.failed(error.to_string()))?;
+        headers.insert(RANGE, range);
+    }
+    let response = endpoint
+        .get(&format!("blobs/{digest}"), &headers, &what)
+        .await?;
     // A registry may leave the range out of account, and begin again.
     let mut skip = *offset;
     if response.status() == StatusCode::PARTIAL_CONTENT {
-        let range = response
-            .headers()
-            .get(CONTENT_RANGE)
-            .and_then(|range| range.to_str().ok());
+        let range = response.headers().get(CONTENT_RANGE);
+        let range = range.and_then(|range| range.to_str().ok());
         let expected = format!("bytes {offset}-");
         if !range.is_some_and(|range| range.starts_with(&expected)) {
-            return Err(ImageError::corrupt(
-                what,
-                format!(
-                    "registry {} answers with another range than asked for",
-                    session.0.host
-                ),
+            return wrong(format!(
+                "registry {host} answers with another range than asked for"
             ));
         }
         skip = 0;
@@ -148,15 +185,11 @@ async fn part(
         .content_length()
         .is_some_and(|length| length != expected)
     {
-        return Err(ImageError::corrupt(
-            what,
-            format!(
-                "registry {} has another size for it than the manifest's {size} bytes",
-                session.0.host
-            ),
+        return wrong(format!(
+            "registry {host} has another size for it than the manifest's {size} bytes"
         ));
     }
-    let mut body = Body::new(response, &session.0.host, &what, session.0.stall);
+    let mut body = endpoint.body(response, &what);
     while let Some(mut bytes) = body.next().await? {
         if skip > 0 {
             let passed = bytes.len().min(usize::try_from(skip).unwrap_or(usize::MAX));
@@ -164,15 +197,13 @@ async fn part(
             skip -= passed as u64;
         }
         if bytes.len() as u64 > size - *offset {
-            return Err(ImageError::corrupt(
-                what,
-                format!(
-                    "registry {} sends more than the {size} bytes that the manifest says",
-                    session.0.host
-                ),
+            return wrong(format!(
+                "registry {host} sends more than the {size} bytes that the manifest says"
             ));
         }
         *offset += bytes.len() as u64;
+        // What was here before is no progress.
+        endpoint.activity.arrived(bytes.len() as u64);
         if !bytes.is_empty() && sender.send(Ok(Some(bytes))).await.is_err() {
             return Err(ImageError::Cancelled { what });
         }

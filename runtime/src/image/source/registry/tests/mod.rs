@@ -1,4 +1,6 @@
+mod policy;
 mod real;
+mod trouble;
 
 use std::collections::{BTreeMap, HashSet};
 use std::io::{Read as _, Write as _};
@@ -8,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use super::endpoint::MAX_REDIRECTS;
 use super::*;
 use crate::image::testing::{Tar, TestImage};
 use crate::image::{Images, Progress, Status};
@@ -92,6 +95,7 @@ fn answer(stream: &mut TcpStream, status: &str, headers: &str, body: &[u8]) -> s
 
 /// What an image's registry has under a path.
 fn content(image: &TestImage, path: &str) -> Option<Vec<u8>> {
+    let path = path.split('?').next()?;
     if path.ends_with("/manifests/latest") {
         return Some(image.manifest.clone());
     }
@@ -150,7 +154,7 @@ impl Node {
             });
             // A complete layer of an image whose other layer failed stays for the next try, or for the collector.
             if files[2] == 0 {
-                self.images.gc(&HashSet::new()).await.unwrap();
+                self.images.gc(HashSet::new).await.unwrap();
                 return files[1] == 0 && self.images.list().await.unwrap().is_empty();
             }
             if begin.elapsed() > Duration::from_secs(20) {
@@ -163,7 +167,8 @@ impl Node {
 
 fn quick() -> ImageConfig {
     ImageConfig {
-        stall_timeout_seconds: 3,
+        stall_timeout_seconds: 2,
+        progress_timeout_seconds: 60,
         ..ImageConfig::default()
     }
 }
@@ -311,7 +316,10 @@ async fn endless_and_stalled_answers() {
                     Some(body) if body == target => misbehave(stream, &body),
                     _ => serve(&copy, path, stream),
                 });
-                let node = node(quick());
+                let node = node(ImageConfig {
+                    progress_timeout_seconds: 4,
+                    ..quick()
+                });
                 let begin = Instant::now();
                 let result =
                     tokio::time::timeout(Duration::from_secs(60), node.pull(&server)).await;
@@ -499,12 +507,23 @@ async fn mirrors_come_first_and_get_no_credentials() {
         );
         serve(&copy, path, stream)
     });
-    let dead = Server::start(|_, _, stream| answer(stream, "404 Not Found", "", b""));
-    let mirrors = BTreeMap::from([(
-        "registry.invalid".to_owned(),
-        vec![dead.address.clone(), format!("http://{}/", mirror.address)],
-    )]);
-    let node = node(ImageConfig { mirrors, ..quick() });
+    let dead = Server::start(|_, request, stream| {
+        assert!(request.contains("x-key: k"), "{request}");
+        answer(stream, "404 Not Found", "", b"")
+    });
+    let certs = tempfile::tempdir().unwrap();
+    let registry = certs.path().join("registry.invalid");
+    std::fs::create_dir(&registry).unwrap();
+    let text = format!(
+        "[host.\"http://{}\"]\n[host.\"http://{}\".header]\nx-key = \"k\"\n[host.\"http://{}/\"]\n",
+        dead.address, dead.address, mirror.address
+    );
+    std::fs::write(registry.join("hosts.toml"), text).unwrap();
+    let certs_dir = certs.path().to_owned();
+    let node = node(ImageConfig {
+        certs_dir,
+        ..quick()
+    });
     let auth = Auth::Basic {
         username: "user".into(),
         password: "secret".into(),
@@ -517,4 +536,5 @@ async fn mirrors_come_first_and_get_no_credentials() {
     assert_eq!(pulled.repo_tags, ["registry.invalid/org/app:latest"]);
     assert!(!leaked.load(Ordering::Relaxed));
     assert_eq!((dead.seen("manifests"), mirror.seen("blobs")), (1, 3));
+    assert_eq!(dead.seen("manifests/latest?ns=registry.invalid"), 1);
 }
