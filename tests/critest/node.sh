@@ -87,7 +87,7 @@ conf_dir = "$state/net.d"
 TOML
   cat >"$state/registry.yaml" <<YAML
 version: 0.1
-log: { level: warn }
+log: ${CAISSON_REGISTRY_LOG:-{ level: warn \}}
 storage: { filesystem: { rootdirectory: $images/registry } }
 http: { addr: "$mirror" }
 YAML

@@ -15,6 +15,8 @@ mod tree;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use caisson_proto::agent as proto;
+
 use super::agent::Address;
 use super::pod::dir::PodDir;
 use super::pod::{PodConfig, PodProcess};
@@ -22,6 +24,8 @@ use super::{Sandbox, SandboxError, SharedVolume, VolumeOptions};
 use crate::timings::Timings;
 use share::Share;
 
+/// The serial of the disk of image layers.
+const LAYERS_SERIAL: &str = "caisson-layers";
 /// MiB that the pod process needs beside its guest's memory.
 pub const PROCESS_MIB: u64 = 32;
 
@@ -75,8 +79,31 @@ impl Sandbox for MicroVm {
         &self.pod
     }
 
-    async fn share_layer(&self, layer: &Path) -> Result<String, SandboxError> {
-        self.share.layer(layer).await
+    async fn share_layer(&self, layer: &Path) -> Result<proto::Layer, SandboxError> {
+        let error = |cause: String| SandboxError::Share {
+            id: self.pod.id.clone(),
+            path: layer.to_owned(),
+            cause,
+        };
+        let name = layer
+            .file_name()
+            .and_then(|name| name.to_str())
+            .ok_or_else(|| error("its name is not text".into()))?;
+        let file = tokio::fs::File::open(layer)
+            .await
+            .map_err(|cause| error(cause.to_string()))?;
+        let place = self
+            .pod
+            .control
+            .add_layer(name, file.into_std().await.into());
+        let (offset, bytes) = place.await.map_err(|cause| error(cause.to_string()))?;
+        Ok(proto::Layer {
+            source: Some(proto::layer::Source::Disk(proto::DiskRange {
+                serial: LAYERS_SERIAL.into(),
+                offset,
+                bytes,
+            })),
+        })
     }
 
     async fn share_volume(
