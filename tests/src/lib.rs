@@ -5,12 +5,14 @@
 //! "skipped" with the reason there; `scripts/test` runs them in the KVM lab instead.
 
 pub mod alpha;
+mod images;
 mod leaks;
 mod logs;
 mod node;
 mod pods;
 pub mod streaming;
 
+pub use images::ImageMaker;
 pub use leaks::Traces;
 pub use logs::{Line, read_log};
 pub use node::{Node, NodeOptions, dial};
