@@ -153,7 +153,12 @@ impl Drop for LayerMount {
 fn open_image(image: &Layer) -> io::Result<OwnedFd> {
     match image {
         Layer::File(path) => open_file(path),
-        Layer::Disk(range) => mount_device(&disk::device(range)?.path),
+        Layer::Disk(range) => {
+            let device = disk::device(range)?;
+            let mount = mount_device(&device.path)?;
+            disk::read_ahead(device);
+            Ok(mount)
+        }
     }
 }
 
