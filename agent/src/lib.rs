@@ -5,6 +5,7 @@
 //! processes end. All of it is one thread of async code, and threads for what blocks.
 
 pub mod boot;
+pub mod disks;
 pub mod engine;
 pub mod host;
 pub mod log;

@@ -87,7 +87,7 @@ TOML
   echo "[host.\"http://$mirror\"]" >"$state/certs.d/_default/hosts.toml"
   cat >"$state/registry.yaml" <<YAML
 version: 0.1
-log: { level: warn }
+log: ${CAISSON_REGISTRY_LOG:-{ level: warn \}}
 storage: { filesystem: { rootdirectory: $images/registry } }
 http: { addr: "$mirror" }
 YAML

@@ -8,6 +8,7 @@ pub mod alpha;
 mod images;
 mod leaks;
 mod logs;
+mod maker;
 mod node;
 mod pods;
 pub mod streaming;
@@ -15,6 +16,7 @@ pub mod streaming;
 pub use images::{ImageNode, Pushed, Registry};
 pub use leaks::Traces;
 pub use logs::{Line, read_log};
+pub use maker::ImageMaker;
 pub use node::{Node, NodeOptions, dial};
 pub use pods::{Container, ContainerOptions, Pod, PodOptions};
 

@@ -43,6 +43,8 @@ pub struct PodOptions {
     pub namespaces: Option<cri::NamespaceOption>,
     /// Kernel parameters.
     pub sysctls: HashMap<String, String>,
+    /// Annotations.
+    pub annotations: HashMap<String, String>,
 }
 
 /// How a container differs from the usual one.
@@ -101,6 +103,7 @@ impl Node {
                 ..cri::DnsConfig::default()
             }),
             labels: HashMap::from([("test".to_owned(), name.to_owned())]),
+            annotations: options.annotations,
             linux: Some(cri::LinuxPodSandboxConfig {
                 security_context: Some(cri::LinuxSandboxSecurityContext {
                     namespace_options: Some(options.namespaces.unwrap_or(cri::NamespaceOption {
@@ -316,6 +319,15 @@ impl Node {
         };
         let stopped = self.runtime.clone().stop_container(request).await;
         stopped.expect("StopContainer");
+    }
+
+    /// Removes a container.
+    pub async fn remove_container(&self, container_id: &str) {
+        let request = cri::RemoveContainerRequest {
+            container_id: container_id.to_owned(),
+        };
+        let removed = self.runtime.clone().remove_container(request).await;
+        removed.expect("RemoveContainer");
     }
 
     /// Stops and removes a pod.

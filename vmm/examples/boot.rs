@@ -64,6 +64,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         control_listener: None,
         exit_file: None,
         disks: Vec::new(),
+        layers: None,
         nets: Vec::new(),
         share: None,
         vsock: None,

@@ -17,7 +17,7 @@ use crate::logs::{Dial, LogManager};
 use crate::pod::{Pod, Running};
 use crate::timeline::Timeline;
 use crate::transport::mmio::MmioTransport;
-use crate::virtio::blk::Block;
+use crate::virtio::blk::{Block, Layers};
 use crate::virtio::fs::{Fs, ShareRoot};
 use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
@@ -134,6 +134,7 @@ pub fn build_and_boot(
     Ok(Running {
         pod: Pod::Machine(Machine::new(vm, vcpus, bus, Arc::clone(ending))),
         logs,
+        layers: devices.layers,
         connector: devices
             .connector
             .map(|connector| Arc::new(connector) as Arc<dyn Dial>),
@@ -153,6 +154,7 @@ struct Devices {
     all: Vec<Box<dyn VirtioDevice>>,
     /// Its root is opened in the jail, and then it is one of all.
     share: Option<Fs>,
+    layers: Option<Arc<Layers>>,
     connector: Option<VsockConnector>,
 }
 
@@ -163,6 +165,14 @@ fn create_devices(config: &mut MachineConfig, events: &Arc<Events>) -> Result<De
         let device = Block::new(disk.file.into(), &disk.serial, disk.read_only)
             .map_err(device(&format!("disk {}", disk.serial)))?;
         all.push(Box::new(device));
+    }
+    let mut layers = None;
+    if let Some(serial) = config.layers.take() {
+        let shared = Arc::new(Layers::default());
+        let device = Block::of_layers(Arc::clone(&shared), &serial)
+            .map_err(device(&format!("disk {serial}")))?;
+        all.push(Box::new(device));
+        layers = Some(shared);
     }
     for net in config.nets.drain(..) {
         all.push(Box::new(
@@ -187,6 +197,7 @@ fn create_devices(config: &mut MachineConfig, events: &Arc<Events>) -> Result<De
     Ok(Devices {
         all,
         share: share.transpose()?,
+        layers,
         connector,
     })
 }

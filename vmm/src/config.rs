@@ -114,6 +114,8 @@ pub struct MachineConfig {
     pub exit_file: Option<File>,
     /// Block devices.
     pub disks: Vec<Disk>,
+    /// The serial of the disk of layers, if there is to be one.
+    pub layers: Option<String>,
     /// Network devices.
     pub nets: Vec<Net>,
     /// The share.
@@ -140,6 +142,7 @@ impl MachineConfig {
         let memory_ok = MEMORY_MIB.contains(&config.memory_mib);
         range("memory_mib", config.memory_mib, memory_ok, "64 to 1048576")?;
         let count = config.disks.len()
+            + usize::from(config.layers.is_some())
             + config.nets.len()
             + usize::from(config.share.is_some())
             + usize::from(config.vsock.is_some())
@@ -149,6 +152,9 @@ impl MachineConfig {
         })?;
         if let Some(jail) = &config.jail {
             check_jail(jail)?;
+        }
+        if let Some(serial) = &config.layers {
+            check_serial("layers", serial)?;
         }
         let mut fds = Fds(frame);
         Ok(Self {
@@ -169,6 +175,7 @@ impl MachineConfig {
                 .into_iter()
                 .map(|disk| fds.disk(disk))
                 .collect::<Result<_, _>>()?,
+            layers: config.layers,
             nets: config
                 .nets
                 .into_iter()
@@ -207,6 +214,12 @@ pub(crate) fn check_jail(jail: &JailConfig) -> Result<(), ConfigError> {
     )
 }
 
+fn check_serial(field: &'static str, serial: &str) -> Result<(), ConfigError> {
+    let ok =
+        (1..=MAX_SERIAL).contains(&serial.len()) && serial.bytes().all(|b| b.is_ascii_graphic());
+    range(field, serial, ok, "1 to 20 printable ASCII characters")
+}
+
 /// Takes descriptors out of the frame that they came with.
 pub(crate) struct Fds<'a, T>(pub &'a mut Frame<T>);
 
@@ -223,14 +236,7 @@ impl<T> Fds<'_, T> {
     }
 
     fn disk(&mut self, disk: DiskConfig) -> Result<Disk, ConfigError> {
-        let ok = (1..=MAX_SERIAL).contains(&disk.serial.len())
-            && disk.serial.bytes().all(|b| b.is_ascii_graphic());
-        range(
-            "disks.serial",
-            &disk.serial,
-            ok,
-            "1 to 20 printable ASCII characters",
-        )?;
+        check_serial("disks.serial", &disk.serial)?;
         Ok(Disk {
             file: self.take(disk.file)?.into(),
             serial: disk.serial,

@@ -169,6 +169,7 @@ pub fn join(
             dial.clone(),
             Arc::new(move |event| sink.publish(event)),
         )),
+        layers: None,
         connector: Some(Arc::new(dial)),
     })
 }

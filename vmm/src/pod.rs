@@ -6,6 +6,7 @@ use caisson_vmm_protocol::VmState;
 
 use crate::host::HostPod;
 use crate::logs::{Dial, LogManager};
+use crate::virtio::blk::Layers;
 use crate::vm::{Ending, Machine};
 
 /// A pod that runs, and the ways to its agent.
@@ -14,6 +15,8 @@ pub struct Running {
     pub pod: Pod,
     /// The containers' logs; there are none without a way to the agent.
     pub logs: Option<LogManager>,
+    /// The disk of image layers, where the machine has one.
+    pub layers: Option<Arc<Layers>>,
     /// Connections to the agent.
     pub connector: Option<Arc<dyn Dial>>,
 }

@@ -6,6 +6,7 @@ use std::path::{Component, Path, PathBuf};
 use caisson_proto::agent::SetupSandboxRequest;
 
 use super::{Cidr, SandboxError, sysctl};
+use crate::disks::SERIAL_MAX;
 use crate::engine::spec::IdMapping;
 
 const INTERFACES_MAX: usize = 32;
@@ -17,8 +18,6 @@ const DNS_MAX: usize = 64;
 const ENTROPY_MAX: usize = 512;
 /// virtio 1.2 §5.11.4: a tag is a field of 36 bytes.
 const TAG_MAX: usize = 36;
-/// virtio 1.2 §5.2.6: a serial is a field of 20 bytes.
-const SERIAL_MAX: usize = 20;
 
 /// What to make of the guest.
 #[derive(Debug, Default)]

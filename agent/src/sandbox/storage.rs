@@ -8,7 +8,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::plan::{Scratch, SharedMount};
 use super::{Context, SandboxError, create_dir};
-use crate::paths;
+use crate::{disks, paths};
 
 /// How long a disk may take to appear after the agent runs.
 const DISK_TIMEOUT: Duration = Duration::from_secs(5);
@@ -95,20 +95,12 @@ pub fn mount_shm() -> Result<(), SandboxError> {
 fn find_disk(serial: &str) -> io::Result<PathBuf> {
     let deadline = Instant::now() + DISK_TIMEOUT;
     loop {
-        for entry in std::fs::read_dir("/sys/block")? {
-            let entry = entry?;
-            let found = std::fs::read_to_string(entry.path().join("serial")).unwrap_or_default();
-            if found.trim_end() == serial {
-                return Ok(Path::new("/dev").join(entry.file_name()));
+        match disks::find(serial) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(10));
             }
+            found => return found,
         }
-        if Instant::now() >= deadline {
-            return Err(io::Error::new(
-                io::ErrorKind::NotFound,
-                "no disk has this serial",
-            ));
-        }
-        std::thread::sleep(Duration::from_millis(10));
     }
 }
 

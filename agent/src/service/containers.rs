@@ -1,9 +1,10 @@
 //! CreateContainer, StartContainer, UpdateContainer, RemoveContainer.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
-use caisson_proto::agent::{CreateContainerRequest, CreateContainerResponse, ProcessUser};
+use caisson_proto::agent::{
+    self, CreateContainerRequest, CreateContainerResponse, ProcessUser, layer::Source,
+};
 
 use super::blocking;
 use super::container::{Container, Phase, Process};
@@ -12,7 +13,7 @@ use super::exits;
 use super::pod::Pod;
 use super::stdio::{Streams, Wanted};
 use crate::engine::spec::{LinuxResources, Spec};
-use crate::engine::{self, ImageVolume, RootFs};
+use crate::engine::{self, DiskRange, ImageVolume, Layer, RootFs};
 use crate::{info, warn};
 
 const LAYERS_MAX: usize = 127;
@@ -65,16 +66,17 @@ fn make(
         step: "make the pipes of the standard streams",
         error,
     })?;
-    let paths = |layers: Vec<String>| layers.into_iter().map(PathBuf::from).collect();
     let volumes = request.image_volumes.into_iter();
     let rootfs = RootFs {
-        layers: paths(request.rootfs.unwrap_or_default().layers),
+        layers: layers("rootfs.layers", request.rootfs.unwrap_or_default().layers)?,
         volumes: volumes
-            .map(|volume| ImageVolume {
-                layers: paths(volume.layers),
-                sub_path: volume.sub_path,
+            .map(|volume| {
+                Ok(ImageVolume {
+                    layers: layers("image_volumes.layers", volume.layers)?,
+                    sub_path: volume.sub_path,
+                })
             })
-            .collect(),
+            .collect::<Result<_, ServiceError>>()?,
     };
     let (container, master) =
         engine::Container::create(&request.container_id, spec, rootfs, stdio)?;
@@ -92,6 +94,23 @@ fn make(
     };
     let init = Process::new(container.pid(), streams);
     Ok((container, init))
+}
+
+/// The layers of an image, as the engine knows them.
+fn layers(field: &'static str, layers: Vec<agent::Layer>) -> Result<Vec<Layer>, ServiceError> {
+    let layer = |layer: agent::Layer| match layer.source {
+        Some(Source::Path(path)) => Ok(Layer::File(path.into())),
+        Some(Source::Disk(range)) => Ok(Layer::Disk(DiskRange {
+            serial: range.serial,
+            offset: range.offset,
+            bytes: range.bytes,
+        })),
+        None => Err(ServiceError::Argument {
+            field,
+            reason: "has a layer without a source".into(),
+        }),
+    };
+    layers.into_iter().map(layer).collect()
 }
 
 /// Runs an engine call that shares the container with others, off the event loop.

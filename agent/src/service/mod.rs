@@ -33,7 +33,7 @@ use crate::vsock::Listener;
 use pod::Setup;
 
 /// The protocol's version: the number of incompatible changes of `agent.proto`.
-const PROTOCOL: u32 = 1;
+const PROTOCOL: u32 = 2;
 /// A spec of 4 MiB and what is around it.
 const REQUEST_MAX: usize = 5 << 20;
 /// The longest grace of Shutdown.

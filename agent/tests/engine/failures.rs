@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use caisson_agent::engine::RootFs;
+use caisson_agent::engine::{DiskRange, Layer, RootFs};
 
 use super::Test;
 use super::support::*;
@@ -111,16 +111,34 @@ fn refused_at_start() {
     assert_eq!(running.end().0, 1);
 }
 
+fn file(path: &str) -> Layer {
+    Layer::File(path.into())
+}
+
+fn disk(serial: &str, offset: u64, bytes: u64) -> Layer {
+    Layer::Disk(DiskRange {
+        serial: serial.into(),
+        offset,
+        bytes,
+    })
+}
+
 // must-test: a broken image
 fn bad_layers() {
     let broken = directory("broken").join("broken.erofs");
     std::fs::write(&broken, vec![0x5a; 1 << 16]).unwrap();
     for (layers, part) in [
         (vec![], "0 layers"),
-        (vec!["/no/such.erofs".into()], "/no/such.erofs"),
-        (vec![broken], "broken.erofs"),
-        (vec!["/dev/null".into()], "regular file"),
-        (vec!["/etc".into()], "regular file"),
+        (vec![file("/no/such.erofs")], "/no/such.erofs"),
+        (vec![broken.into()], "broken.erofs"),
+        (vec![file("/dev/null")], "regular file"),
+        (vec![file("/etc")], "regular file"),
+        (
+            vec![disk("nowhere", 0, 4096)],
+            "no disk has the serial nowhere",
+        ),
+        (vec![disk("nowhere", 100, 4096)], "whole sectors"),
+        (vec![disk("nowhere", u64::MAX - 511, 512)], "whole sectors"),
     ] {
         let before = traces();
         let error = create_with(

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use caisson_agent::engine::{ImageVolume, RootFs};
+use caisson_agent::engine::{ImageVolume, Layer, RootFs};
 use serde_json::json;
 
 use super::Test;
@@ -115,7 +115,12 @@ fn image_volumes_that_cannot_be() {
     let good = layers().layers;
     for (layers_of_volume, sub_path, part, invalid) in [
         (vec![], "", "0 layers", true),
-        (vec!["/no/such.erofs".into()], "", "/no/such.erofs", false),
+        (
+            vec![Layer::File("/no/such.erofs".into())],
+            "",
+            "/no/such.erofs",
+            false,
+        ),
         (good.clone(), "no/such", "no/such", true),
         (good, "etc/passwd/x", "etc/passwd/x", true),
     ] {

@@ -11,7 +11,7 @@ use std::sync::{Mutex, OnceLock};
 use std::thread::JoinHandle;
 
 use caisson_agent::engine::spec::{Process, Spec};
-use caisson_agent::engine::{Container, EngineError, RootFs, Stdio, paths};
+use caisson_agent::engine::{Container, EngineError, Layer, RootFs, Stdio, paths};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use serde_json::{Value, json};
 
@@ -24,7 +24,7 @@ const LAYER_MOUNTS: &str = "/run/caisson-test/layers";
 /// Where image volumes are mounted.
 pub const VOLUMES: &str = "/run/caisson-test/volumes";
 
-static LAYERS: OnceLock<Vec<PathBuf>> = OnceLock::new();
+static LAYERS: OnceLock<Vec<Layer>> = OnceLock::new();
 
 /// Makes the images, and says what is missing if they or containers cannot be made.
 pub fn prepare() -> Result<(), String> {
@@ -95,7 +95,7 @@ fn set_mode(file: &Path, mode: u32) {
 }
 
 /// An EROFS image of what `fill` puts into a directory.
-pub fn image(name: &str, fill: impl FnOnce(&Path)) -> PathBuf {
+pub fn image(name: &str, fill: impl FnOnce(&Path)) -> Layer {
     let root = Path::new(BASE).join(format!("{name}.d"));
     let file = Path::new(BASE).join(format!("{name}.erofs"));
     let _ = fs::remove_dir_all(&root);
@@ -107,7 +107,7 @@ pub fn image(name: &str, fill: impl FnOnce(&Path)) -> PathBuf {
         .output()
         .unwrap();
     assert!(made.status.success(), "{made:?}");
-    file
+    file.into()
 }
 
 pub fn layers() -> RootFs {

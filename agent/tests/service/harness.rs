@@ -109,7 +109,7 @@ impl Agent {
             container_id: id.into(),
             spec_json: spec.to_string().into_bytes(),
             rootfs: Some(RootFs {
-                layers: vec![self.layer()],
+                layers: vec![file_layer(&self.layer())],
             }),
             stdin: false,
             ..Default::default()
@@ -358,4 +358,11 @@ pub fn spec(arguments: &[&str]) -> Value {
             "namespaces": [{ "type": "pid" }, { "type": "mount" }, { "type": "ipc" }, { "type": "uts" }, { "type": "cgroup" }],
         },
     })
+}
+
+/// A layer that is a file.
+pub fn file_layer(path: &str) -> Layer {
+    Layer {
+        source: Some(layer::Source::Path(path.into())),
+    }
 }

@@ -515,7 +515,7 @@ async fn bad_input_is_refused_with_the_reason() {
     );
     let mut gone = agent.request("b", &spec(&["true"]));
     gone.rootfs = Some(RootFs {
-        layers: vec!["/no/such/layer".into()],
+        layers: vec![harness::file_layer("/no/such/layer")],
     });
     let error = agent.client.create_container(gone).await.unwrap_err();
     assert!(error.message().contains("/no/such/layer"), "{error}");

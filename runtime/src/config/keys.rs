@@ -88,8 +88,13 @@ const KEYS: &[(&str, &str, &str)] = &[
     ),
     (
         "microvm",
+        "scratch",
+        "Where a pod's writable layers go: \"disk\", a sparse file on the host, or \"memory\", at most half of the guest's. A pod's annotation caisson.dev/scratch overrides it.",
+    ),
+    (
+        "microvm",
         "scratch_gib",
-        "The most GiB that a pod's writable layers may hold on the host's disk.",
+        "The most GiB that a pod's writable layers may hold. A pod's annotation caisson.dev/ephemeral-storage can ask for less.",
     ),
     (
         "microvm",

@@ -62,6 +62,17 @@ pub enum HandlerKind {
     Host,
 }
 
+/// Where a microVM's writable layers go.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ScratchKind {
+    /// A sparse file on the host's disk.
+    #[default]
+    Disk,
+    /// The guest's memory.
+    Memory,
+}
+
 /// How a pod's microVM is made.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -78,7 +89,9 @@ pub struct MicroVmConfig {
     pub memory_mib: u32,
     /// MiB added to a pod's memory limit for the guest kernel and the agent.
     pub overhead_mib: u32,
-    /// The most GiB that all writable layers of a pod may hold on the host's disk.
+    /// Where writable layers go.
+    pub scratch: ScratchKind,
+    /// The most GiB that all writable layers of a pod may hold.
     pub scratch_gib: u32,
     /// The host user ID of the pod process; not 0.
     pub uid: u32,
@@ -189,6 +202,7 @@ impl Default for MicroVmConfig {
             vcpus: 2,
             memory_mib: 512,
             overhead_mib: 128,
+            scratch: ScratchKind::Disk,
             scratch_gib: 8,
             uid: 61000,
             gid: 61000,

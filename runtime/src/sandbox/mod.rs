@@ -13,6 +13,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use caisson_proto::agent as proto;
 use caisson_proto::agent::agent_client::AgentClient;
 use caisson_vmm_protocol::ExitReason;
 use tokio::sync::watch;
@@ -22,6 +23,29 @@ use self::ids::UserIds;
 use self::pod::PodProcess;
 use crate::network::PodNetwork;
 use crate::timings::Timings;
+
+/// The place of a pod's writable layers, and the most bytes that all of them may hold together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scratch {
+    /// A sparse file on the host's disk.
+    Disk {
+        /// The most bytes.
+        bytes: u64,
+        /// Whether other pods have it of this size, so that it is worth a template.
+        usual: bool,
+    },
+    /// The guest's memory.
+    Memory {
+        /// The most bytes.
+        bytes: u64,
+    },
+}
+
+impl Default for Scratch {
+    fn default() -> Self {
+        Self::Memory { bytes: 0 }
+    }
+}
 
 /// What a sandbox is made from.
 #[derive(Clone, Debug, Default)]
@@ -44,8 +68,8 @@ pub struct SandboxPlan {
     pub shared_pid_namespace: bool,
     /// Sysctls of the pod, by dotted name.
     pub sysctls: Vec<(String, String)>,
-    /// The most bytes that all writable layers of the pod may hold on the host's disk; of a microVM.
-    pub scratch_bytes: u64,
+    /// Where the pod's writable layers go; of a microVM.
+    pub scratch: Scratch,
     /// What a pod on the host shares with it.
     pub host: HostNamespaces,
     /// The IDs of the pod's user namespace; `None`: it has none.
@@ -269,9 +293,9 @@ pub trait Sandbox: Send + Sync {
         self.pod().control.drained(container_id, limit).await
     }
 
-    /// Shows an image layer (an EROFS file of the host) to the agent, read-only; the path in the guest.
+    /// Shows an image layer (an EROFS file of the host) to the agent, read-only; where the agent has it.
     /// The same layer given twice is shared.
-    async fn share_layer(&self, layer: &Path) -> Result<String, SandboxError>;
+    async fn share_layer(&self, layer: &Path) -> Result<proto::Layer, SandboxError>;
 
     /// Shows a file or directory of the host to the agent. The options also hold against a guest that ignores them.
     async fn share_volume(

@@ -16,7 +16,7 @@ pub use channel::{Channel, ChannelError, Frame, MAX_FDS, MAX_FRAME};
 pub use messages::*;
 
 /// The version of this protocol. A side that is told another one refuses with a sentence that names both.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// The descriptor on which a new `caisson-vmm` finds its control socket.
 pub const CONTROL_FD: i32 = 3;

@@ -53,6 +53,14 @@ pub enum Request {
         /// Where standard error goes too.
         stderr: Option<FdIndex>,
     },
+    /// Put an image layer on the machine's disk of layers, at a place of its own. Answered with
+    /// [`Reply::LayerPlace`]; a layer that is there already has the place it had.
+    AddLayer {
+        /// The layer's name; its content never changes.
+        name: String,
+        /// Its EROFS image: a regular file, open for reading.
+        file: FdIndex,
+    },
     /// Turn this connection into a stream of [`Event`]s. Past facts that still hold (agent ready, exited,
     /// logs drained) come first, so that a watcher that comes late misses none.
     Watch,
@@ -88,6 +96,9 @@ pub struct VmConfig {
     pub exit_file: Option<FdIndex>,
     /// Block devices, in the order in which the guest sees them.
     pub disks: Vec<DiskConfig>,
+    /// The serial of a read-only disk, after the others, that has the layers of [`Request::AddLayer`]; none: no such
+    /// disk.
+    pub layers: Option<String>,
     /// Network devices.
     pub nets: Vec<NetConfig>,
     /// The virtio-fs share.
@@ -201,6 +212,13 @@ pub enum Reply {
     Done,
     /// The answer to [`Request::Status`].
     Status(VmStatus),
+    /// The answer to [`Request::AddLayer`]: where on the disk of layers it is.
+    LayerPlace {
+        /// The first byte.
+        offset: u64,
+        /// The number of bytes, a multiple of 512.
+        bytes: u64,
+    },
     /// Not done, and why, in one sentence.
     Error {
         /// The sentence.

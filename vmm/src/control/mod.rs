@@ -231,6 +231,18 @@ impl Control {
                 let (stdout, stderr) = (take(&mut frame, stdout)?, take(&mut frame, stderr)?);
                 self.logs()?.attach(&container_id, stdout, stderr)?;
             }
+            Request::AddLayer { name, file } => {
+                let layers = self
+                    .running
+                    .layers
+                    .as_ref()
+                    .ok_or("this pod's process has no disk of layers")?;
+                let place = layers.add(&name, frame.take_fd(file)?)?;
+                return Ok(Reply::LayerPlace {
+                    offset: place.start,
+                    bytes: place.end - place.start,
+                });
+            }
             // The connection was turned into a stream of events before.
             Request::Watch => {}
         }

@@ -8,6 +8,7 @@ use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::memory;
 use crate::arch::cpuid::{Cpuid, CpuidError};
 use crate::arch::layout;
 use crate::arch::regs::{self, RegsError};
@@ -45,7 +46,7 @@ pub enum KvmError {
         /// The size.
         mib: u64,
         /// What the system said.
-        source: vm_memory::mmap::FromRangesError,
+        source: io::Error,
     },
     /// An eventfd could not be made.
     #[error("no eventfd could be made: {0}")]
@@ -182,12 +183,9 @@ fn create(kvm: &Kvm) -> Result<VmFd, KvmError> {
 }
 
 fn map(vm: &VmFd, bytes: u64) -> Result<GuestMemoryMmap, KvmError> {
-    // Private, anonymous and without reservation: the pod's cgroup accounts for pages when they are touched.
-    let memory = GuestMemoryMmap::from_ranges(&layout::memory_ranges(bytes)).map_err(|source| {
-        KvmError::Memory {
-            mib: bytes >> 20,
-            source,
-        }
+    let memory = memory::map(&layout::memory_ranges(bytes)).map_err(|source| KvmError::Memory {
+        mib: bytes >> 20,
+        source,
     })?;
     for (slot, region) in memory.iter().enumerate() {
         let region = kvm_userspace_memory_region {

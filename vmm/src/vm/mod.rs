@@ -4,6 +4,7 @@ mod bus;
 mod console;
 mod ending;
 mod kvm;
+mod memory;
 mod vcpu;
 
 pub use bus::{Bus, SerialLine};

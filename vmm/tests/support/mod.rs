@@ -77,6 +77,7 @@ impl Spec {
                 control_listener: None,
                 exit_file: None,
                 disks: Vec::new(),
+                layers: None,
                 nets: Vec::new(),
                 share: None,
                 vsock: None,

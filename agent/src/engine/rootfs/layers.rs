@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
+use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -10,18 +11,43 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use super::disk::{self, DiskRange};
 use super::loopdev;
 use crate::engine::sys::{self, NewFileSystem};
 use crate::engine::{error::EngineError, paths};
 
 /// Mounted layers. The mount points have short numbers for names, because all of a container's have to fit into one
 /// page of overlay options.
-static MOUNTED: Mutex<BTreeMap<u32, Layer>> = Mutex::new(BTreeMap::new());
+static MOUNTED: Mutex<BTreeMap<u32, Mount>> = Mutex::new(BTreeMap::new());
 
-struct Layer {
+struct Mount {
     /// The image; none for a view of one with a container's own ids.
-    image: Option<PathBuf>,
+    image: Option<Layer>,
     users: usize,
+}
+
+/// Where an EROFS image is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Layer {
+    /// A file.
+    File(PathBuf),
+    /// A part of a disk.
+    Disk(DiskRange),
+}
+
+impl From<PathBuf> for Layer {
+    fn from(path: PathBuf) -> Self {
+        Self::File(path)
+    }
+}
+
+impl fmt::Display for Layer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(path) => path.display().fmt(f),
+            Self::Disk(range) => range.fmt(f),
+        }
+    }
 }
 
 /// A layer that is mounted as long as this lives.
@@ -32,7 +58,7 @@ pub(super) struct LayerMount {
     pub path: PathBuf,
 }
 
-fn mounted() -> MutexGuard<'static, BTreeMap<u32, Layer>> {
+fn mounted() -> MutexGuard<'static, BTreeMap<u32, Mount>> {
     MOUNTED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -42,14 +68,14 @@ fn directory(number: u32) -> PathBuf {
 
 impl LayerMount {
     /// Mounts an image, or takes part in its mount.
-    pub fn of_image(image: &Path) -> Result<Self, EngineError> {
-        let what = || format!("mount the layer {}", image.display());
+    pub fn of_image(image: &Layer) -> Result<Self, EngineError> {
+        let what = || format!("mount the layer {image}");
         let mut table = mounted();
         let found = table
             .iter_mut()
-            .find(|(_, layer)| layer.image.as_deref() == Some(image));
-        if let Some((&number, layer)) = found {
-            layer.users += 1;
+            .find(|(_, mount)| mount.image.as_ref() == Some(image));
+        if let Some((&number, mount)) = found {
+            mount.users += 1;
             return Ok(Self {
                 number,
                 path: directory(number),
@@ -80,9 +106,9 @@ impl LayerMount {
     }
 
     fn attach(
-        table: &mut BTreeMap<u32, Layer>,
+        table: &mut BTreeMap<u32, Mount>,
         detached: &OwnedFd,
-        image: Option<&Path>,
+        image: Option<&Layer>,
     ) -> io::Result<Self> {
         let number = (0..u32::MAX)
             .find(|number| !table.contains_key(number))
@@ -97,8 +123,8 @@ impl LayerMount {
         sys::attach(detached.as_fd(), place.as_fd())?;
         table.insert(
             number,
-            Layer {
-                image: image.map(Path::to_owned),
+            Mount {
+                image: image.cloned(),
                 users: 1,
             },
         );
@@ -109,11 +135,11 @@ impl LayerMount {
 impl Drop for LayerMount {
     fn drop(&mut self) {
         let mut table = mounted();
-        let Some(layer) = table.get_mut(&self.number) else {
+        let Some(mount) = table.get_mut(&self.number) else {
             return;
         };
-        layer.users -= 1;
-        if layer.users > 0 {
+        mount.users -= 1;
+        if mount.users > 0 {
             return;
         }
         // If somebody still looks at it, the kernel unmounts it when they are done. The number is free in either case.
@@ -123,8 +149,20 @@ impl Drop for LayerMount {
     }
 }
 
-/// A detached mount of an EROFS image, through a loop device.
-fn open_image(image: &Path) -> io::Result<OwnedFd> {
+/// A detached mount of an EROFS image.
+fn open_image(image: &Layer) -> io::Result<OwnedFd> {
+    match image {
+        Layer::File(path) => open_file(path),
+        Layer::Disk(range) => {
+            let device = disk::device(range)?;
+            let mount = mount_device(&device.path)?;
+            disk::read_ahead(device);
+            Ok(mount)
+        }
+    }
+}
+
+fn open_file(image: &Path) -> io::Result<OwnedFd> {
     let file: File = OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
@@ -132,9 +170,12 @@ fn open_image(image: &Path) -> io::Result<OwnedFd> {
     if !file.metadata()?.is_file() {
         return Err(io::Error::other("it is not a regular file"));
     }
-    let device = loopdev::attach(&file)?;
+    mount_device(&loopdev::attach(&file, 0, 0)?.path)
+}
+
+fn mount_device(device: &Path) -> io::Result<OwnedFd> {
     let new = NewFileSystem::open(c"erofs")?;
-    let source = CString::new(device.path.as_os_str().as_bytes())?;
+    let source = CString::new(device.as_os_str().as_bytes())?;
     new.set(c"source", Some(&source))?;
     new.set(c"ro", None)?;
     new.mount(libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NODEV)

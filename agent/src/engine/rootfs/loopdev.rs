@@ -47,11 +47,12 @@ pub(super) struct LoopDevice {
     _open: File,
 }
 
-/// Makes a read-only loop device of a file.
+/// Makes a read-only loop device of a file or block device, from the byte `offset` on, of at most `limit` bytes; a limit
+/// of 0 is none.
 ///
 /// # Errors
 /// If there is no loop driver, or no node appears for the device.
-pub(super) fn attach(file: &File) -> io::Result<LoopDevice> {
+pub(super) fn attach(file: &File, offset: u64, limit: u64) -> io::Result<LoopDevice> {
     let control = OpenOptions::new()
         .read(true)
         .write(true)
@@ -67,6 +68,8 @@ pub(super) fn attach(file: &File) -> io::Result<LoopDevice> {
         // SAFETY: a struct of integers, for which zero means "not used".
         let mut config: Config = unsafe { std::mem::zeroed() };
         config.descriptor = file.as_raw_fd() as u32;
+        config.info.offset = offset;
+        config.info.size_limit = limit;
         // Direct where the file can: the pages are cached once, above. The kernel falls back by itself.
         config.info.flags = LO_FLAGS_READ_ONLY | LO_FLAGS_AUTOCLEAR | LO_FLAGS_DIRECT_IO;
         // SAFETY: this request reads one struct loop_config, which Config is laid out as.

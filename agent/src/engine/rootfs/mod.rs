@@ -1,6 +1,7 @@
 //! Root file systems: read-only layers under a writable one, stacked with overlayfs
 //! (Documentation/filesystems/overlayfs.rst of the kernel).
 
+mod disk;
 mod layers;
 mod loopdev;
 mod volume;
@@ -15,6 +16,8 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::error::EngineError;
 use super::paths;
+pub use disk::DiskRange;
+pub use layers::Layer;
 use layers::LayerMount;
 pub use volume::ImageVolume;
 use volume::VolumeMount;
@@ -29,8 +32,8 @@ const MAX_OPTIONS: usize = 4095;
 /// What a container's root file system is made of, and its volumes that are images.
 #[derive(Debug, Clone, Default)]
 pub struct RootFs {
-    /// EROFS images, lowest first: paths in the guest, on a shared mount.
-    pub layers: Vec<PathBuf>,
+    /// EROFS images, lowest first.
+    pub layers: Vec<Layer>,
     /// Images that the spec's mounts find in [`paths::Paths::volumes`].
     pub volumes: Vec<ImageVolume>,
 }
@@ -130,7 +133,7 @@ impl Drop for Mounted {
 
 /// Mounts the layers of an image, the lowest first; with `ids` each is preceded by a view of it with these.
 fn mount_layers(
-    images: &[PathBuf],
+    images: &[Layer],
     ids: Option<BorrowedFd<'_>>,
 ) -> Result<Vec<LayerMount>, EngineError> {
     if images.is_empty() || images.len() > MAX_LAYERS {

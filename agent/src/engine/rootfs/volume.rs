@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use nix::fcntl::OFlag;
 use nix::mount::MsFlags;
 
-use super::layers::LayerMount;
+use super::layers::{Layer, LayerMount};
 use super::{mount_layers, places, stack, unmount};
 use crate::engine::error::EngineError;
 use crate::engine::init::resolve::Tree;
@@ -18,8 +18,8 @@ use crate::engine::{paths, sys};
 /// An image that a container has as a volume.
 #[derive(Debug, Clone, Default)]
 pub struct ImageVolume {
-    /// EROFS images, lowest first: paths in the guest, on a shared mount.
-    pub layers: Vec<PathBuf>,
+    /// EROFS images, lowest first.
+    pub layers: Vec<Layer>,
     /// The directory or file of the image that is the volume; empty: all of it.
     pub sub_path: String,
 }

@@ -6,6 +6,7 @@ mod remove;
 mod resize;
 mod run;
 mod sandbox;
+mod scratch;
 mod size;
 mod stop;
 mod view;

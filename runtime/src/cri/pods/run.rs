@@ -7,7 +7,8 @@ use caisson_proto::cri;
 use super::super::registry::{Pod, now};
 use super::super::{Context, CriError, new_id, spec};
 use super::{
-    dns, identity, namespaces, on_host_network, sandbox, shares_pid, size, wants_network, watch,
+    dns, identity, namespaces, on_host_network, sandbox, scratch, shares_pid, size, wants_network,
+    watch,
 };
 use crate::config::HandlerKind;
 use crate::network::PodNetwork;
@@ -15,7 +16,6 @@ use crate::sandbox::{HostNamespaces, SandboxPlan};
 use crate::store::{NetworkRecord, Proto, SandboxRecord, SandboxState};
 use crate::timings::Timings;
 
-const GIB: u64 = 1 << 30;
 /// The longest hostname of Linux.
 const MAX_HOSTNAME: usize = 64;
 
@@ -164,7 +164,7 @@ async fn make(context: &Arc<Context>, pod: &Arc<Pod>) -> Result<(), CriError> {
         network,
         shared_pid_namespace: shares_pid(config),
         sysctls: linux.sysctls.into_iter().collect(),
-        scratch_bytes: u64::from(context.config.microvm.scratch_gib) * GIB,
+        scratch: scratch::of(config, &context.config.microvm, memory_mib)?,
         host: HostNamespaces {
             network: on_host_network(config),
             ipc: namespaces(config).ipc() == cri::NamespaceMode::Node,

@@ -23,5 +23,6 @@ pub(crate) mod tree;
 
 /// Bytes of a block.
 pub(crate) const BLOCK: u64 = 4096;
-/// Files up to this size are kept with their inode; larger ones get blocks of their own.
-pub(crate) const MAX_INLINE: u64 = 2048;
+/// Files up to this size are kept with their inode; larger ones get blocks of their own. It is small, so that inodes are
+/// close together: a guest reads all of them ahead, and who walks through the names needs nothing else.
+pub(crate) const MAX_INLINE: u64 = 512;

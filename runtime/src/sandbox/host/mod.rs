@@ -14,6 +14,8 @@ mod start;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use caisson_proto::agent as proto;
+
 use super::agent::Address;
 use super::pod::dir::PodDir;
 use super::pod::{PodConfig, PodProcess, cgroup};
@@ -92,10 +94,13 @@ impl Sandbox for Host {
     }
 
     /// The agent sees the directory of all layers, read-only.
-    async fn share_layer(&self, layer: &Path) -> Result<String, SandboxError> {
+    async fn share_layer(&self, layer: &Path) -> Result<proto::Layer, SandboxError> {
         match (layer.parent(), layer.file_name().and_then(|n| n.to_str())) {
             (Some(parent), Some(name)) if parent == self.layers => {
-                Ok(format!("{LAYERS_PATH}/{name}"))
+                let path = format!("{LAYERS_PATH}/{name}");
+                Ok(proto::Layer {
+                    source: Some(proto::layer::Source::Path(path)),
+                })
             }
             _ => Err(self.share_error(layer, "it is not in the directory of layers")),
         }

@@ -195,7 +195,9 @@ fn join(
     match control::exchange(socket, &Request::Join(Box::new(request)), &fds.0) {
         Ok(Reply::Done) => Ok(()),
         Ok(Reply::Error { message }) => Err(io::Error::other(message)),
-        Ok(Reply::Status(_)) => Err(io::Error::other(control::ControlError::Confused)),
+        Ok(Reply::Status(_) | Reply::LayerPlace { .. }) => {
+            Err(io::Error::other(control::ControlError::Confused))
+        }
         Err(error) => Err(io::Error::other(format!(
             "{error}; caisson-vmm said: {}",
             dir.vmm_tail().trim()

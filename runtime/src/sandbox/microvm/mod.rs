@@ -16,6 +16,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use caisson_proto::agent as proto;
+
 use super::agent::Address;
 use super::ids::{IdRange, UserIds};
 use super::pod::dir::PodDir;
@@ -25,6 +27,8 @@ use crate::timings::Timings;
 use share::Share;
 use tree::Tree;
 
+/// The serial of the disk of image layers.
+const LAYERS_SERIAL: &str = "caisson-layers";
 /// MiB that the pod process needs beside its guest's memory.
 pub const PROCESS_MIB: u64 = 32;
 
@@ -97,8 +101,31 @@ impl Sandbox for MicroVm {
         &self.pod
     }
 
-    async fn share_layer(&self, layer: &Path) -> Result<String, SandboxError> {
-        self.share.layer(layer).await
+    async fn share_layer(&self, layer: &Path) -> Result<proto::Layer, SandboxError> {
+        let error = |cause: String| SandboxError::Share {
+            id: self.pod.id.clone(),
+            path: layer.to_owned(),
+            cause,
+        };
+        let name = layer
+            .file_name()
+            .and_then(|name| name.to_str())
+            .ok_or_else(|| error("its name is not text".into()))?;
+        let file = tokio::fs::File::open(layer)
+            .await
+            .map_err(|cause| error(cause.to_string()))?;
+        let place = self
+            .pod
+            .control
+            .add_layer(name, file.into_std().await.into());
+        let (offset, bytes) = place.await.map_err(|cause| error(cause.to_string()))?;
+        Ok(proto::Layer {
+            source: Some(proto::layer::Source::Disk(proto::DiskRange {
+                serial: LAYERS_SERIAL.into(),
+                offset,
+                bytes,
+            })),
+        })
     }
 
     async fn share_volume(

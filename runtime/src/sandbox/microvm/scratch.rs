@@ -1,5 +1,5 @@
-//! The disk of a pod's writable layers: a sparse file with an empty ext4 file system, copied from one that is made
-//! once per size.
+//! The disk of a pod's writable layers: a sparse file with an empty ext4 file system; of the usual size it is copied from
+//! one that is made once.
 
 use std::fs;
 use std::io;
@@ -12,11 +12,15 @@ use nix::unistd::{Whence, lseek64};
 /// The smallest scratch disk: below it an ext4 file system is mostly its own tables.
 const MIN_BYTES: u64 = 16 << 20;
 
-/// Makes a scratch disk of `bytes` at `path`.
-pub async fn create(data_dir: PathBuf, path: PathBuf, bytes: u64) -> io::Result<()> {
-    tokio::task::spawn_blocking(move || {
-        let template = template(&data_dir, bytes.max(MIN_BYTES))?;
-        copy_sparse(&template, &path)
+/// Makes a scratch disk of `bytes` at `path`; from a template in `templates`, where that is named.
+pub async fn create(templates: Option<PathBuf>, path: PathBuf, bytes: u64) -> io::Result<()> {
+    let bytes = bytes.max(MIN_BYTES);
+    tokio::task::spawn_blocking(move || match templates {
+        Some(dir) => copy_sparse(&template(&dir, bytes)?, &path),
+        None => {
+            fs::File::create(&path)?.set_len(bytes)?;
+            make_file_system(&path)
+        }
     })
     .await?
 }
@@ -31,11 +35,18 @@ fn template(data_dir: &Path, bytes: u64) -> io::Result<PathBuf> {
     fs::create_dir_all(&dir)?;
     let new = tempfile::Builder::new().prefix("new-").tempfile_in(&dir)?;
     new.as_file().set_len(bytes)?;
+    make_file_system(new.path())?;
+    new.as_file().sync_all()?;
+    new.persist(&path).map_err(|e| e.error)?;
+    Ok(path)
+}
+
+fn make_file_system(disk: &Path) -> io::Result<()> {
     // No journal: a scratch disk dies with its pod. Inode tables stay holes until they are used.
     let output = Command::new("mkfs.ext4")
         .args(["-q", "-F", "-m", "0", "-O", "^has_journal"])
         .args(["-E", "lazy_itable_init=1,nodiscard,root_owner=0:0"])
-        .arg(new.path())
+        .arg(disk)
         .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
         .output()
         .map_err(|e| {
@@ -48,9 +59,7 @@ fn template(data_dir: &Path, bytes: u64) -> io::Result<PathBuf> {
             said.trim()
         )));
     }
-    new.as_file().sync_all()?;
-    new.persist(&path).map_err(|e| e.error)?;
-    Ok(path)
+    Ok(())
 }
 
 /// Copies a file's data and leaves its holes holes.
@@ -112,13 +121,15 @@ mod tests {
     async fn a_disk_has_a_file_system() {
         let dir = tempfile::tempdir().unwrap();
         let disk = dir.path().join("disk");
-        create(dir.path().to_owned(), disk.clone(), 1)
-            .await
-            .unwrap();
-        let mut magic = [0; 2];
-        let file = fs::File::open(&disk).unwrap();
-        file.read_exact_at(&mut magic, 1024 + 0x38).unwrap();
-        assert_eq!(magic, [0x53, 0xef]);
-        assert_eq!(file.metadata().unwrap().len(), MIN_BYTES);
+        for (templates, count) in [(None, 0), (Some(dir.path().to_owned()), 1)] {
+            create(templates, disk.clone(), 1).await.unwrap();
+            let mut magic = [0; 2];
+            let file = fs::File::open(&disk).unwrap();
+            file.read_exact_at(&mut magic, 1024 + 0x38).unwrap();
+            assert_eq!(magic, [0x53, 0xef]);
+            assert_eq!(file.metadata().unwrap().len(), MIN_BYTES);
+            let made = fs::read_dir(dir.path().join("scratch"));
+            assert_eq!(made.map_or(0, Iterator::count), count);
+        }
     }
 }

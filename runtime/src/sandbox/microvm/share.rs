@@ -1,6 +1,6 @@
 //! The share: what of the host a guest sees over virtio-fs.
 //!
-//! Its root is a read-only bind mount in which the daemon alone can make mount points. Volumes and layers are mounted on
+//! Its root is a read-only bind mount in which the daemon alone can make mount points. Volumes are mounted on
 //! them in the pod process's mount namespace ([`namespace`]), so they end with it, and the host never has them.
 
 use std::fs;
@@ -43,7 +43,6 @@ impl Share {
     /// Makes the empty share and opens its root.
     pub fn create(&self) -> io::Result<OwnedFd> {
         let (source, root) = (self.dir.share_source(), self.dir.share());
-        fs::create_dir_all(source.join("layers"))?;
         fs::create_dir_all(source.join("c"))?;
         fs::create_dir_all(&root)?;
         let none = None::<&str>;
@@ -56,22 +55,6 @@ impl Share {
             | MsFlags::MS_NODEV;
         mount(none, &root, none, read_only, none)?;
         Ok(fs::File::open(&root)?.into())
-    }
-
-    /// Shows an image layer, read-only; its path in the guest.
-    pub async fn layer(&self, layer: &Path) -> Result<String, SandboxError> {
-        let error = |cause: String| self.error(layer, cause);
-        let name = layer
-            .file_name()
-            .and_then(|n| n.to_str())
-            .ok_or_else(|| error("its name is not text".into()))?;
-        let inside = format!("layers/{name}");
-        let _one_at_a_time = self.changing.lock().await;
-        let (share, path, place) = (self.clone(), layer.to_owned(), inside.clone());
-        blocking(move || share.attach(&Tree::of_layer(&path)?, &place))
-            .await
-            .map_err(|e| error(e.to_string()))?;
-        Ok(format!("{GUEST_PATH}/{inside}"))
     }
 
     /// Shows a file or directory of the host.
@@ -98,7 +81,7 @@ impl Share {
         .map_err(|e| self.error(host_path, e.to_string()))
     }
 
-    /// Takes away the volumes of a container. Layers stay until the pod goes: others may use them.
+    /// Takes away the volumes of a container.
     pub async fn unshare(&self, container_id: &str) -> Result<(), SandboxError> {
         let _one_at_a_time = self.changing.lock().await;
         let (share, container) = (self.clone(), container_id.to_owned());

@@ -15,12 +15,12 @@ use caisson_vmm_protocol::{
 };
 
 use super::share::{GUEST_PATH, Share};
-use super::{MicroVm, MicroVmConfig, PROCESS_MIB, scratch};
+use super::{LAYERS_SERIAL, MicroVm, MicroVmConfig, PROCESS_MIB, scratch};
 use crate::network::PodNetwork;
 use crate::sandbox::pod::control::{self, Control};
 use crate::sandbox::pod::dir::PodDir;
 use crate::sandbox::pod::{Fds, cgroup, process};
-use crate::sandbox::{Sandbox, SandboxError, SandboxPlan, agent, take_back};
+use crate::sandbox::{Sandbox, SandboxError, SandboxPlan, Scratch, agent, take_back};
 use crate::timings::Timings;
 
 /// The tag of the virtio-fs share.
@@ -133,7 +133,7 @@ impl MicroVm {
 /// What the machine is built from.
 struct Parts {
     share_root: OwnedFd,
-    scratch: File,
+    scratch: Option<File>,
 }
 
 async fn prepare(
@@ -144,16 +144,19 @@ async fn prepare(
 ) -> io::Result<Parts> {
     dir.create()?;
     let share_root = share.create()?;
-    scratch::create(
-        config.pod.data_dir.clone(),
-        dir.scratch(),
-        plan.scratch_bytes,
-    )
-    .await?;
-    let scratch = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(dir.scratch())?;
+    let scratch = match plan.scratch {
+        Scratch::Memory { .. } => None,
+        Scratch::Disk { bytes, usual } => {
+            let template = usual.then(|| config.pod.data_dir.clone());
+            scratch::create(template, dir.scratch(), bytes).await?;
+            Some(
+                OpenOptions::new()
+                    .read(true)
+                    .write(true)
+                    .open(dir.scratch())?,
+            )
+        }
+    };
     Ok(Parts {
         share_root,
         scratch,
@@ -193,11 +196,16 @@ async fn boot(
         console_limit: CONSOLE_LIMIT,
         control_listener: Some(fds.push(&control_listener)),
         exit_file: Some(fds.push(&exit_file)),
-        disks: vec![DiskConfig {
-            serial: SCRATCH_SERIAL.into(),
-            file: fds.push(&parts.scratch),
-            read_only: false,
-        }],
+        disks: parts
+            .scratch
+            .iter()
+            .map(|file| DiskConfig {
+                serial: SCRATCH_SERIAL.into(),
+                file: fds.push(file),
+                read_only: false,
+            })
+            .collect(),
+        layers: Some(LAYERS_SERIAL.into()),
         nets: net(plan.network.as_ref(), &mut fds)?,
         share: Some(ShareConfig {
             tag: SHARE_TAG.into(),
@@ -229,7 +237,9 @@ async fn boot(
     match reply {
         Reply::Done => Ok(()),
         Reply::Error { message } => Err(io::Error::other(message)),
-        Reply::Status(_) => Err(io::Error::other(control::ControlError::Confused)),
+        Reply::Status(_) | Reply::LayerPlace { .. } => {
+            Err(io::Error::other(control::ControlError::Confused))
+        }
     }
 }
 
@@ -302,9 +312,15 @@ async fn set_up(vm: &MicroVm, plan: &SandboxPlan) -> io::Result<()> {
             path: GUEST_PATH.into(),
             read_only: false,
         }],
-        scratch: Some(proto::Scratch {
-            disk_serial: SCRATCH_SERIAL.into(),
-            tmpfs_size_bytes: 0,
+        scratch: Some(match plan.scratch {
+            Scratch::Disk { .. } => proto::Scratch {
+                disk_serial: SCRATCH_SERIAL.into(),
+                tmpfs_size_bytes: 0,
+            },
+            Scratch::Memory { bytes } => proto::Scratch {
+                disk_serial: String::new(),
+                tmpfs_size_bytes: bytes,
+            },
         }),
         sysctls: plan.sysctls.iter().cloned().collect(),
         unix_time_ns: i64::try_from(now.as_nanos()).map_err(io::Error::other)?,

@@ -21,13 +21,6 @@ pub struct Tree {
 }
 
 impl Tree {
-    /// An image layer: one file, read-only.
-    pub fn of_layer(path: &Path) -> io::Result<Self> {
-        let tree = Self::open(path, OpenTreeFlags::empty())?;
-        tree.set(false, libc::MOUNT_ATTR_RDONLY, libc::MS_PRIVATE)?;
-        Ok(tree)
-    }
-
     /// A volume: a file, or a directory with all that is mounted below.
     pub fn of_volume(path: &Path, options: VolumeOptions) -> io::Result<Self> {
         let tree = Self::open(path, OpenTreeFlags::AT_RECURSIVE)?;

@@ -2,13 +2,14 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use caisson_vmm_protocol::{
-    Channel, ChannelError, Event, ExitReason, MAX_FRAME, PROTOCOL_VERSION, Reply, Request, VmStatus,
+    Channel, ChannelError, Event, ExitReason, FdIndex, MAX_FRAME, PROTOCOL_VERSION, Reply, Request,
+    VmStatus,
 };
 use tokio::io::AsyncReadExt;
 use tokio::sync::watch;
@@ -125,7 +126,21 @@ impl Control {
         match self.exchange(request, fds, held).await? {
             Reply::Done => Ok(()),
             Reply::Error { message } => Err(ControlError::Refused(message)),
-            Reply::Status(_) => Err(ControlError::Confused),
+            Reply::Status(_) | Reply::LayerPlace { .. } => Err(ControlError::Confused),
+        }
+    }
+
+    /// Puts a layer on the machine's disk of layers: the first byte of its place, and their number.
+    pub async fn add_layer(&self, name: &str, file: OwnedFd) -> Result<(u64, u64), ControlError> {
+        let request = Request::AddLayer {
+            name: name.to_owned(),
+            file: FdIndex(0),
+        };
+        let fds = vec![file.as_raw_fd()];
+        match self.exchange(request, fds, [Some(file)]).await? {
+            Reply::LayerPlace { offset, bytes } => Ok((offset, bytes)),
+            Reply::Error { message } => Err(ControlError::Refused(message)),
+            Reply::Done | Reply::Status(_) => Err(ControlError::Confused),
         }
     }
 
@@ -137,7 +152,7 @@ impl Control {
         match self.exchange(request, Vec::new(), []).await? {
             Reply::Status(status) => Ok(status),
             Reply::Error { message } => Err(ControlError::Refused(message)),
-            Reply::Done => Err(ControlError::Confused),
+            Reply::Done | Reply::LayerPlace { .. } => Err(ControlError::Confused),
         }
     }
 

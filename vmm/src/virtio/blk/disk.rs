@@ -1,12 +1,14 @@
-//! The raw image behind a block device.
+//! What is behind a block device: a raw image, or image layers.
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::sync::Arc;
 
 use super::super::buffers::Buffers;
 use super::SECTOR;
+use super::layers::{self, Layers};
 
 /// Zeroes written at a time where the host cannot zero a range itself.
 const ZEROES: usize = 64 * 1024;
@@ -50,9 +52,15 @@ pub enum DiskError {
     },
 }
 
-/// A raw image, bounded to the size it had at the start.
+enum Backing {
+    /// A raw image.
+    Image(File),
+    Layers(Arc<Layers>),
+}
+
+/// A disk; a raw image is bounded to the size it had at the start.
 pub struct Disk {
-    file: File,
+    backing: Backing,
     sectors: u64,
     serial: [u8; 20],
     read_only: bool,
@@ -62,12 +70,7 @@ impl Disk {
     /// Checks what the descriptor is, and takes it.
     pub fn new(file: OwnedFd, serial: &str, read_only: bool) -> Result<Self, DiskError> {
         let named = || serial.to_owned();
-        if serial.is_empty() || serial.len() > 20 || !serial.bytes().all(|b| b.is_ascii_graphic()) {
-            return Err(DiskError::Serial { serial: named() });
-        }
-        let mut padded = [0; 20];
-        padded[..serial.len()].copy_from_slice(serial.as_bytes());
-
+        let padded = pad(serial)?;
         let mut file = File::from(file);
         let examine = |source| DiskError::Examine {
             serial: named(),
@@ -102,10 +105,20 @@ impl Disk {
             return Err(DiskError::Empty { serial: named() });
         }
         Ok(Self {
-            file,
+            backing: Backing::Image(file),
             sectors,
             serial: padded,
             read_only,
+        })
+    }
+
+    /// A disk of layers.
+    pub fn of_layers(layers: Arc<Layers>, serial: &str) -> Result<Self, DiskError> {
+        Ok(Self {
+            backing: Backing::Layers(layers),
+            sectors: layers::CAPACITY / SECTOR,
+            serial: pad(serial)?,
+            read_only: true,
         })
     }
 
@@ -132,17 +145,23 @@ impl Disk {
 
     /// Reads into guest memory.
     pub fn read(&self, offset: u64, into: &Buffers<'_>) -> io::Result<()> {
-        into.fill_from(self.file.as_fd(), offset)
+        match &self.backing {
+            Backing::Image(file) => into.fill_from(file.as_fd(), offset),
+            Backing::Layers(layers) => layers.read(offset, into),
+        }
     }
 
     /// Writes from guest memory.
     pub fn write(&self, offset: u64, from: &Buffers<'_>) -> io::Result<()> {
-        from.drain_to(self.file.as_fd(), offset)
+        from.drain_to(self.image()?.as_fd(), offset)
     }
 
     /// Makes what was written last.
     pub fn flush(&self) -> io::Result<()> {
-        self.file.sync_data()
+        match &self.backing {
+            Backing::Image(file) => file.sync_data(),
+            Backing::Layers(_) => Ok(()),
+        }
     }
 
     /// Gives the range's storage back. Its content is undefined afterwards, so a host file system that cannot
@@ -169,16 +188,25 @@ impl Disk {
         }
     }
 
+    /// What can be written.
+    fn image(&self) -> io::Result<&File> {
+        match &self.backing {
+            Backing::Image(file) => Ok(file),
+            Backing::Layers(_) => Err(io::ErrorKind::ReadOnlyFilesystem.into()),
+        }
+    }
+
     fn allocate(&self, mode: libc::c_int, offset: u64, bytes: u64) -> io::Result<()> {
         if bytes == 0 {
             return Ok(());
         }
         let signed = |n: u64| i64::try_from(n).map_err(|_| io::ErrorKind::InvalidInput);
         let (offset, bytes) = (signed(offset)?, signed(bytes)?);
+        let image = self.image()?;
         // SAFETY: the call takes numbers only.
         let result = unsafe {
             libc::fallocate(
-                self.file.as_raw_fd(),
+                image.as_raw_fd(),
                 mode | libc::FALLOC_FL_KEEP_SIZE,
                 offset,
                 bytes,
@@ -195,10 +223,21 @@ impl Disk {
         let zeroes = vec![0; ZEROES];
         while bytes > 0 {
             let n = usize::try_from(bytes).map_or(ZEROES, |n| n.min(ZEROES));
-            self.file.write_all_at(&zeroes[..n], offset)?;
+            self.image()?.write_all_at(&zeroes[..n], offset)?;
             offset += n as u64;
             bytes -= n as u64;
         }
         Ok(())
     }
+}
+
+fn pad(serial: &str) -> Result<[u8; 20], DiskError> {
+    if serial.is_empty() || serial.len() > 20 || !serial.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err(DiskError::Serial {
+            serial: serial.to_owned(),
+        });
+    }
+    let mut padded = [0; 20];
+    padded[..serial.len()].copy_from_slice(serial.as_bytes());
+    Ok(padded)
 }

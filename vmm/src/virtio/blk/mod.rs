@@ -1,13 +1,16 @@
-//! The block device (virtio 1.2 §5.2) on a raw image: a regular file or a host block device.
+//! The block device (virtio 1.2 §5.2) on a raw image: a regular file or a host block device; or on image layers side
+//! by side ([`Layers`]), which come while the machine runs.
 //!
 //! The format is raw because it was stated to be, never because the content looks like it. Requests are
 //! served one after another on the device's worker, so no two can have the same buffers in flight. What the
 //! host cannot do (a full disk, a bad sector) is an I/O error for the guest, never the end of the machine.
 
 mod disk;
+mod layers;
 mod request;
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
@@ -21,6 +24,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use self::disk::Disk;
 pub use self::disk::DiskError;
+pub use self::layers::{LayerError, Layers};
 use super::queue::Ring;
 use super::service::{self, Service};
 use super::worker::{Handler, Poll};
@@ -52,12 +56,23 @@ impl Block {
     /// # Errors
     /// [`DiskError`] where the descriptor is neither, is not open as needed, or the serial is not good.
     pub fn new(file: OwnedFd, serial: &str, read_only: bool) -> Result<Self, DiskError> {
-        let disk = Disk::new(file, serial, read_only)?;
-        Ok(Self {
+        Ok(Self::with(Disk::new(file, serial, read_only)?))
+    }
+
+    /// A read-only device on image layers, those that are there and those that come.
+    ///
+    /// # Errors
+    /// [`DiskError::Serial`] where the serial is not good.
+    pub fn of_layers(layers: Arc<Layers>, serial: &str) -> Result<Self, DiskError> {
+        Ok(Self::with(Disk::of_layers(layers, serial)?))
+    }
+
+    fn with(disk: Disk) -> Self {
+        Self {
             config: config(disk.sectors()),
-            read_only,
+            read_only: disk.read_only(),
             service: Service::new(DEVICE, disk),
-        })
+        }
     }
 }
 

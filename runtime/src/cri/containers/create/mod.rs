@@ -186,12 +186,12 @@ async fn host_pod(
     })
 }
 
-/// Shows an image's layers to the agent, the lowest first: their paths there.
+/// Shows an image's layers to the agent, the lowest first.
 pub(super) async fn share_layers(
     context: &Context,
     sandbox: &dyn Sandbox,
     image: &Image,
-) -> Result<Vec<String>, CriError> {
+) -> Result<Vec<agent::Layer>, CriError> {
     let mut layers = Vec::with_capacity(image.layers.len());
     for path in context.images.layer_paths(image) {
         layers.push(sandbox.share_layer(&path).await?);

@@ -1,0 +1,25 @@
+//! The disks of the guest, by their serials.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// The most bytes of a serial (virtio 1.2 §5.2.6).
+pub const SERIAL_MAX: usize = 20;
+
+/// The device node of the virtio-blk disk with this serial.
+///
+/// # Errors
+/// `NotFound` where there is none (yet).
+pub fn find(serial: &str) -> io::Result<PathBuf> {
+    for entry in std::fs::read_dir("/sys/block")? {
+        let entry = entry?;
+        let found = std::fs::read_to_string(entry.path().join("serial")).unwrap_or_default();
+        if found.trim_end() == serial {
+            return Ok(Path::new("/dev").join(entry.file_name()));
+        }
+    }
+    Err(io::Error::new(
+        io::ErrorKind::NotFound,
+        format!("no disk has the serial {serial}"),
+    ))
+}
