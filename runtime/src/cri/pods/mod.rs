@@ -8,6 +8,7 @@ mod run;
 mod sandbox;
 mod size;
 mod stop;
+mod tend;
 mod view;
 mod watch;
 
@@ -18,6 +19,7 @@ pub use remove::remove;
 pub use resize::resize;
 pub use run::{hostname, run};
 pub use stop::stop;
+pub use tend::tend_networks;
 pub use view::{item, status};
 
 use super::CriError;
