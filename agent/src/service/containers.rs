@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use caisson_proto::agent::{CreateContainerRequest, CreateContainerResponse, ProcessUser};
+use caisson_proto::agent::{
+    self as proto, CreateContainerRequest, CreateContainerResponse, ProcessUser,
+};
 
 use super::blocking;
 use super::container::{Container, Phase, Process};
@@ -12,7 +14,7 @@ use super::exits;
 use super::pod::Pod;
 use super::stdio::{Streams, Wanted};
 use crate::engine::spec::{LinuxResources, Spec};
-use crate::engine::{self, ImageVolume, RootFs};
+use crate::engine::{self, Directory, ImageVolume, MemoryVolume, RootFs};
 use crate::{info, warn};
 
 const LAYERS_MAX: usize = 127;
@@ -75,6 +77,11 @@ fn make(
                 sub_path: volume.sub_path,
             })
             .collect(),
+        memory: request
+            .memory_volumes
+            .into_iter()
+            .map(memory_volume)
+            .collect(),
     };
     let (container, master) =
         engine::Container::create(&request.container_id, spec, rootfs, stdio)?;
@@ -92,6 +99,24 @@ fn make(
     };
     let init = Process::new(container.pid(), streams);
     Ok((container, init))
+}
+
+fn memory_volume(volume: proto::MemoryVolume) -> MemoryVolume {
+    let directory = |directory: Option<proto::Directory>| {
+        let root = proto::Directory {
+            mode: 0o755,
+            ..proto::Directory::default()
+        };
+        let proto::Directory { mode, uid, gid } = directory.unwrap_or(root);
+        Directory { mode, uid, gid }
+    };
+    MemoryVolume {
+        name: volume.name,
+        size: volume.size_bytes,
+        root: directory(volume.root),
+        sub_path: volume.sub_path,
+        sub: directory(volume.sub),
+    }
 }
 
 /// Runs an engine call that shares the container with others, off the event loop.
