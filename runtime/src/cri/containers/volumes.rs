@@ -172,6 +172,7 @@ pub async fn share(
                 SharedVolume {
                     path: memory_volumes::place(container_id, memory - 1),
                     partly_writable: false,
+                    ids: None,
                 }
             }
             Source::Image => {
