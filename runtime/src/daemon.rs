@@ -113,6 +113,7 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
         config,
     });
     pods::recover(&context).await?;
+    pods::tend_networks(&context);
     let using = context.clone();
     let collected = context
         .images

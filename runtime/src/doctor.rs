@@ -199,7 +199,7 @@ pub fn cni_config(config: &Config) -> CniConfig {
         conf_dir: config.cni.conf_dir.clone(),
         bin_dirs: config.cni.bin_dirs.clone(),
         cache_dir: config.root.join("cni"),
-        timeout: Duration::from_secs(60),
+        timeout: Duration::from_secs(u64::from(config.cni.timeout_seconds)),
     }
 }
 

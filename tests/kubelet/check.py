@@ -46,7 +46,9 @@ containerLogMaxSize: 16Ki
 containerLogMaxFiles: 40
 containerLogMonitorInterval: 3s
 featureGates: {{ PodAndContainerStatsFromCRI: true }}
-evictionHard: {{ memory.available: 50Mi, nodefs.available: 1%, imagefs.available: 1% }}
+imageMinimumGCAge: 1s
+evictionPressureTransitionPeriod: 5s
+evictionHard: {{ memory.available: 50Mi, nodefs.available: "{least}", imagefs.available: "{least}" }}
 """
 
 
@@ -120,6 +122,7 @@ def pods(host):
             "volumes": [
                 {"name": "memory", "emptyDir": {"medium": "Memory", "sizeLimit": "16Mi"}},
                 {"name": "disk", "emptyDir": {"sizeLimit": "64Mi"}},
+                {"name": "parts", "emptyDir": {"medium": "Memory", "sizeLimit": "8Mi"}},
                 {"name": "host", "hostPath": {"path": host}},
                 {"name": "about", "downwardAPI": {"items": [
                     {"path": "name", "fieldRef": {"fieldPath": "metadata.name"}}]}},
@@ -128,11 +131,14 @@ def pods(host):
                 "user",
                 "set -ex; id; test $(id -u) = 1000; test $(id -g) = 3000; id -G | grep -w 2000; id -G | grep -w 4000; "
                 "echo x >/memory/f; echo x >/disk/f; test $(stat -c %g /disk) = 2000; "
+                "grep -E ' /memory tmpfs .*size=16384k' /proc/mounts; test $(stat -c %g /memory) = 2000; "
+                "grep -E ' /part tmpfs .*size=8192k' /proc/mounts; echo y >/part/f; test $(cat /whole/a/b/f) = y; "
                 "test $(cat /ro/seed) = seed; ! touch /ro/no; test $(cat /sub/seed) = below; "
                 "test $(cat /about/name) = volumes-$NODE; test -n \"$POD_IP\"; grep -w \"$POD_IP\" /etc/hosts; echo all right",
                 env=[{"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
                      {"name": "NODE", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}}],
                 volumeMounts=[mount("memory", "/memory"), mount("disk", "/disk"), mount("about", "/about"),
+                              mount("parts", "/whole"), mount("parts", "/part", subPath="a/b"),
                               mount("host", "/ro", readOnly=True), mount("host", "/sub", subPath="below")])],
         },
         "limited": {"containers": [container(
@@ -161,8 +167,7 @@ class Node:
         for name, text in (("seed", "seed"), ("below/seed", "below")):
             self.write(f"{self.host}/{name}", text)
         self.write(f"{self.host}/hooks", "")
-        self.write(f"{directory}/config.yaml", CONFIG.format(socket=socket, dir=directory, port=PORT))
-        self.process = None
+        self.socket, self.least, self.used, self.process = socket, "1%", 0, None
 
     @staticmethod
     def write(path, text):
@@ -170,6 +175,8 @@ class Node:
             file.write(text)
 
     def start(self):
+        config = CONFIG.format(socket=self.socket, dir=self.dir, port=PORT, least=self.least)
+        self.write(f"{self.dir}/config.yaml", config)
         with open(self.said, "ab") as log:
             self.process = subprocess.Popen(
                 [self.program, f"--config={self.dir}/config.yaml", f"--root-dir={self.dir}/root",
@@ -338,6 +345,31 @@ def check_gone(node):
     expect(not left, f"{len(left)} pod processes are left")
 
 
+def image_fs(node):
+    return json.loads(node.ask("/stats/summary"))["node"]["runtime"]["imageFs"]
+
+
+def fill_disk(node):
+    """Starts a kubelet that wants a little less room than there is, and takes some of it away."""
+    node.stop()
+    room = os.statvfs(node.dir)
+    free = room.f_bavail * room.f_frsize
+    node.least = f"{(free >> 20) - 512}Mi"
+    node.start()
+    wait(node, "", image_fs)
+    node.used = image_fs(node)["usedBytes"]
+    with open(f"{node.dir}/filler", "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 1 << 30)
+
+
+def check_eviction(node):
+    """Static pods are never evicted; what a kubelet that is short of room does first is to delete images without containers."""
+    with open(node.said, encoding="utf-8", errors="replace") as file:
+        expect("attempting to reclaim" in file.read(), "the kubelet does not notice that the disk is full")
+    used = image_fs(node)["usedBytes"]
+    expect(used < node.used // 10, f"images still use {used} of {node.used} bytes")
+
+
 def wait(node, name, check):
     """Asks until the check holds; says so, where it has a name. False if it does not hold in time."""
     deadline, start = time.monotonic() + PATIENCE, time.monotonic()
@@ -386,6 +418,13 @@ def main():
             ("a preStop hook, then SIGTERM", check_pre_stop),
             ("pods that are gone leave nothing", check_gone),
         )]
+        fill_disk(node)
+        good.append(wait(node, "a full disk, images are deleted", check_eviction))
+        os.unlink(f"{node.dir}/filler")
+        node.add("order", wanted["order"])
+        good.append(wait(node, "room again, images are pulled again", check_order))
+        node.remove("order")
+        good.append(wait(node, "and it leaves nothing", check_gone))
     finally:
         node.stop()
     print(f"kubelet: {sum(good)} passed, {len(good) - sum(good)} failed")

@@ -17,7 +17,7 @@ pub use images::{ImageNode, Pushed, Registry};
 pub use leaks::Traces;
 pub use logs::{Line, read_log};
 pub use maker::ImageMaker;
-pub use node::{Node, NodeOptions, dial};
+pub use node::{BRIDGE, Node, NodeOptions, bridged, dial};
 pub use pods::{Container, ContainerOptions, Pod, PodOptions};
 
 /// The name of the image that every node has.

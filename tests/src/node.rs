@@ -17,7 +17,7 @@ use tonic::transport::{Channel, Endpoint};
 use crate::{IMAGE, Traces};
 
 /// The bridge of the tests' pods.
-const BRIDGE: &str = "caisson-test0";
+pub const BRIDGE: &str = "caisson-test0";
 
 /// What a test wants otherwise than usual.
 #[derive(Clone, Debug, Default)]
@@ -30,6 +30,11 @@ pub struct NodeOptions {
     pub hide_kvm: bool,
     /// No CNI configuration.
     pub no_network: bool,
+    /// Another CNI configuration; `{dir}` in it is the node's directory. Its plugins are also looked for in
+    /// `{dir}/plugins`, first.
+    pub network: Option<String>,
+    /// Seconds that a CNI plugin may take.
+    pub plugin_seconds: Option<u32>,
     /// Do not load the image.
     pub no_image: bool,
     /// Allow pods on the host.
@@ -151,8 +156,19 @@ impl Node {
 
     /// Kills the daemon (SIGKILL) and starts it again.
     pub async fn restart(&mut self) {
+        self.restart_after(|_| ()).await;
+    }
+
+    /// Gives the node another CNI configuration, as in [`NodeOptions::network`].
+    pub fn set_network(&self, list: &str) {
+        write_network(self.dir.path(), list);
+    }
+
+    /// Kills the daemon (SIGKILL), lets `meanwhile` do something, and starts it again.
+    pub async fn restart_after(&mut self, meanwhile: impl FnOnce(&Self)) {
         self.daemon.kill().expect("the daemon is killed");
         self.daemon.wait().expect("the daemon is waited for");
+        meanwhile(self);
         self.daemon = spawn(self.dir.path(), self.options.hide_kvm);
         (self.runtime, self.images, self.cli, self.channel) =
             clients(&self.state.path().join("caisson.sock"));
@@ -279,19 +295,41 @@ fn clients(socket: &Path) -> Clients {
     )
 }
 
+/// A CNI configuration with the tests' bridge: the version, the plugin that makes it, lists of address ranges, and what more
+/// plugins there are, each after a comma.
+pub fn bridged(version: &str, plugin: &str, ranges: &str, more: &str) -> String {
+    let default = if ranges.contains('.') {
+        "0.0.0.0/0"
+    } else {
+        "::/0"
+    };
+    format!(
+        r#"{{"cniVersion": "{version}", "name": "test", "plugins": [
+            {{"type": "{plugin}", "bridge": "{BRIDGE}", "isGateway": true, "ipMasq": false, "mtu": 1400,
+              "ipam": {{"type": "host-local", "dataDir": "{{dir}}/leases", "ranges": [{ranges}],
+                "routes": [{{"dst": "{default}"}}]}}}}{more}]}}"#
+    )
+}
+
+/// Puts a CNI configuration in the place of the one that is there.
+fn write_network(dir: &Path, list: &str) {
+    let list = list.replace("{dir}", &dir.display().to_string());
+    let file = dir.join("net.d/10-test.conflist");
+    let new = file.with_extension("new");
+    fs::write(&new, list).expect("a CNI configuration");
+    fs::rename(new, file).expect("a CNI configuration");
+}
+
 fn configure(dir: &Path, state: &Path, root: &Path, options: &NodeOptions) {
     let conf = dir.join("net.d");
     fs::create_dir_all(&conf).expect("a directory for CNI");
     if !options.no_network {
-        let list = format!(
-            r#"{{"cniVersion": "1.0.0", "name": "test", "plugins": [
-                {{"type": "bridge", "bridge": "{BRIDGE}", "isGateway": true, "ipMasq": false, "mtu": 1400,
-                  "ipam": {{"type": "host-local", "dataDir": "{}/leases",
-                    "ranges": [[{{"subnet": "10.99.0.0/16"}}], [{{"subnet": "fd99::/64"}}]],
-                    "routes": [{{"dst": "0.0.0.0/0"}}]}}}}]}}"#,
-            dir.display()
-        );
-        fs::write(conf.join("10-test.conflist"), list).expect("a CNI configuration");
+        let usual = || {
+            let ranges = r#"[{"subnet": "10.99.0.0/16"}], [{"subnet": "fd99::/64"}]"#;
+            bridged("1.0.0", "bridge", ranges, "")
+        };
+        let list = options.network.clone().unwrap_or_else(usual);
+        write_network(dir, &list);
     }
     let kernel = options
         .kernel
@@ -318,8 +356,11 @@ scratch_gib = 2
 
 [cni]
 conf_dir = "{conf}"
-bin_dirs = ["/usr/lib/cni", "/opt/cni/bin"]
+bin_dirs = ["{plugins}", "/usr/lib/cni", "/opt/cni/bin"]
+timeout_seconds = {plugin_seconds}
 "#,
+        plugins = dir.join("plugins").display(),
+        plugin_seconds = options.plugin_seconds.unwrap_or(60),
         allow_host = options.allow_host,
         root = root.display(),
         state = state.display(),

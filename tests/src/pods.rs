@@ -37,8 +37,16 @@ pub struct PodOptions {
     pub handler: String,
     /// The pod's memory limit in bytes.
     pub memory: i64,
+    /// The pod's CPU limit in thousandths.
+    pub millicpus: i64,
     /// Name servers.
     pub dns: Vec<String>,
+    /// Search domains.
+    pub searches: Vec<String>,
+    /// Options of the resolver.
+    pub dns_options: Vec<String>,
+    /// Ports mapped on the host.
+    pub ports: Vec<cri::PortMapping>,
     /// Namespaces, in place of `share_pids`.
     pub namespaces: Option<cri::NamespaceOption>,
     /// Kernel parameters.
@@ -100,8 +108,10 @@ impl Node {
             log_directory: self.dir().join("logs").join(name).display().to_string(),
             dns_config: Some(cri::DnsConfig {
                 servers: options.dns,
-                ..cri::DnsConfig::default()
+                searches: options.searches,
+                options: options.dns_options,
             }),
+            port_mappings: options.ports,
             labels: HashMap::from([("test".to_owned(), name.to_owned())]),
             annotations: options.annotations,
             linux: Some(cri::LinuxPodSandboxConfig {
@@ -115,6 +125,8 @@ impl Node {
                 sysctls: options.sysctls,
                 resources: Some(cri::LinuxContainerResources {
                     memory_limit_in_bytes: options.memory,
+                    cpu_quota: options.millicpus * 100,
+                    cpu_period: if options.millicpus > 0 { 100_000 } else { 0 },
                     ..cri::LinuxContainerResources::default()
                 }),
                 ..cri::LinuxPodSandboxConfig::default()

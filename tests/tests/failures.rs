@@ -161,6 +161,19 @@ async fn broken_archives_and_missing_images_are_told() {
     node.assert_nothing_left().await;
 }
 
+/// On a node with these options no pod can run, for a reason of which this is a part.
+async fn unable(options: NodeOptions, part: &str) {
+    let Some(node) = Node::start_with(options).await else {
+        return;
+    };
+    let error = node
+        .pod_with("unable", PodOptions::default())
+        .await
+        .unwrap_err();
+    assert!(error.message().contains(part), "{error}");
+    node.assert_nothing_left().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_corrupt_kernel_is_told() {
     let kernel = tempfile::NamedTempFile::new().unwrap();
@@ -169,15 +182,7 @@ async fn a_corrupt_kernel_is_told() {
         kernel: Some(kernel.path().to_owned()),
         ..NodeOptions::default()
     };
-    let Some(node) = Node::start_with(options).await else {
-        return;
-    };
-    let error = node
-        .pod_with("kernel", PodOptions::default())
-        .await
-        .unwrap_err();
-    assert!(error.message().contains("kernel"), "{error}");
-    node.assert_nothing_left().await;
+    unable(options, "kernel").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -186,15 +191,7 @@ async fn a_node_without_kvm_says_so() {
         hide_kvm: true,
         ..NodeOptions::default()
     };
-    let Some(node) = Node::start_with(options).await else {
-        return;
-    };
-    let error = node
-        .pod_with("kvm", PodOptions::default())
-        .await
-        .unwrap_err();
-    assert!(error.message().contains("/dev/kvm"), "{error}");
-    node.assert_nothing_left().await;
+    unable(options, "/dev/kvm").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -203,30 +200,7 @@ async fn a_node_without_a_network_says_so() {
         no_network: true,
         ..NodeOptions::default()
     };
-    let Some(node) = Node::start_with(options).await else {
-        return;
-    };
-    let error = node
-        .pod_with("network", PodOptions::default())
-        .await
-        .unwrap_err();
-    assert!(error.message().contains("CNI"), "{error}");
-    let status = node
-        .runtime
-        .clone()
-        .status(cri::StatusRequest::default())
-        .await
-        .unwrap();
-    let conditions = status.into_inner().status.unwrap().conditions;
-    let network = conditions
-        .iter()
-        .find(|c| c.r#type == "NetworkReady")
-        .unwrap();
-    assert!(
-        !network.status && network.message.contains(".conflist"),
-        "{network:?}"
-    );
-    node.assert_nothing_left().await;
+    unable(options, "CNI").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

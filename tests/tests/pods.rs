@@ -87,6 +87,63 @@ async fn containers_share_pids_if_asked() {
     node.assert_nothing_left().await;
 }
 
+// As the kubelet runs an ephemeral container that `kubectl debug --target` asks for.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_that_comes_later_joins_the_processes_of_another() {
+    let Some(node) = Node::start().await else {
+        return;
+    };
+    let pod = node.pod("ephemeral").await;
+    let app = node
+        .run(&pod, "app", "echo secret >/own; exec sleep 4321")
+        .await;
+    let of = |target: &str| ContainerOptions {
+        namespaces: Some(cri::NamespaceOption {
+            pid: cri::NamespaceMode::Target.into(),
+            target_id: target.to_owned(),
+            ..cri::NamespaceOption::default()
+        }),
+        ..ContainerOptions::default()
+    };
+    let debugger = node.run_with(&pod, "debugger", SLEEP, of(&app.id)).await;
+    let first = "tr '\\0' ' ' </proc/1/cmdline";
+    assert_eq!(node.says(&debugger, first).await, "sleep 4321");
+    let of_pid = "readlink /proc/self/ns/pid";
+    assert_eq!(
+        node.says(&debugger, of_pid).await,
+        node.says(&app, of_pid).await
+    );
+    // Its own files, and the other's by way of its process.
+    assert_eq!(
+        node.says(&debugger, "ls /own 2>/dev/null || echo none")
+            .await,
+        "none"
+    );
+    assert_eq!(node.says(&debugger, "cat /proc/1/root/own").await, "secret");
+    // It can end the other's processes but for the first, and its own end is nobody else's.
+    node.says(&app, "sleep 8765 >/dev/null 2>&1 &").await;
+    node.says(&debugger, "kill -9 $(ps | awk '/[s]leep 8765/ {print $1}')")
+        .await;
+    assert!(!node.says(&app, "ps").await.contains("sleep 8765"));
+    node.stop_container(&debugger, 5).await;
+    assert_eq!(node.says(&app, "echo alive").await, "alive");
+
+    let other = node.pod("elsewhere").await;
+    let error = node
+        .create(&other, "d", SLEEP, of(&app.id))
+        .await
+        .unwrap_err();
+    assert!(error.message().contains("another pod"), "{error}");
+    let error = node
+        .create(&pod, "d", SLEEP, of(&debugger.id))
+        .await
+        .unwrap_err();
+    assert!(error.message().contains("does not run"), "{error}");
+    node.remove(&other).await;
+    node.remove(&pod).await;
+    node.assert_nothing_left().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn output_and_error_arrive_apart_and_complete() {
     let Some(node) = Node::start().await else {

@@ -1,6 +1,7 @@
 //! Volumes with mounts of their own, and volumes that are images.
 
 use std::fs;
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -15,15 +16,27 @@ use tonic::Code;
 const DATA: &str = "docker.io/library/data:test";
 const SLEEP: &str = "trap 'exit 0' TERM; sleep 100000 & wait";
 
-/// A tmpfs on the host that is shared with whoever copies it; unmounted when it is dropped.
+/// A mount on the host, of a tmpfs that is shared with whoever copies it if nothing else is said; unmounted when it is dropped.
 struct Tmpfs(PathBuf);
 
 impl Tmpfs {
     fn on(path: PathBuf) -> Self {
+        Self::of("tmpfs", path, None)
+    }
+
+    fn of(kind: &str, path: PathBuf, options: Option<&str>) -> Self {
         fs::create_dir_all(&path).unwrap();
         let none = None::<&str>;
-        mount(none, &path, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+        mount(none, &path, Some(kind), MsFlags::empty(), options).unwrap();
         mount(none, &path, none, MsFlags::MS_SHARED, none).unwrap();
+        Self(path)
+    }
+
+    /// A directory of the host at another place.
+    fn bind(from: &Path, path: PathBuf) -> Self {
+        fs::create_dir_all(&path).unwrap();
+        let none = None::<&str>;
+        mount(Some(from), &path, none, MsFlags::MS_BIND, none).unwrap();
         Self(path)
     }
 }
@@ -113,6 +126,212 @@ async fn mounts_below_volumes_keep_their_access_and_stay_free() {
     node.assert_nothing_left().await;
 }
 
+fn with(mounts: Vec<cri::Mount>) -> ContainerOptions {
+    ContainerOptions {
+        mounts,
+        ..ContainerOptions::default()
+    }
+}
+
+fn read_only(mount: cri::Mount) -> cri::Mount {
+    cri::Mount {
+        readonly: true,
+        ..mount
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kubelets_empty_dirs_are_in_the_guests_memory_and_on_the_hosts_disk() {
+    let options = NodeOptions {
+        allow_host: true,
+        ..NodeOptions::default()
+    };
+    let Some(mut node) = Node::start_with(options).await else {
+        return;
+    };
+    // As the kubelet makes them: a tmpfs of the size asked for, the group of fsGroup, a directory and a mount for a subPath.
+    let of_pod = node.dir().join("kubelet/pods/uid");
+    let volumes = of_pod.join("volumes/kubernetes.io~empty-dir");
+    let cache = Tmpfs::of("tmpfs", volumes.join("cache"), Some("size=8m"));
+    chown(&cache.0, None, Some(2000)).unwrap();
+    fs::set_permissions(&cache.0, fs::Permissions::from_mode(0o2777)).unwrap();
+    fs::create_dir(cache.0.join("sub")).unwrap();
+    fs::set_permissions(cache.0.join("sub"), fs::Permissions::from_mode(0o2750)).unwrap();
+    let sub = of_pod.join("volume-subpaths/cache/c/0");
+    let sub = Tmpfs::bind(&cache.0.join("sub"), sub);
+    let disk = volumes.join("disk");
+    fs::create_dir(&disk).unwrap();
+
+    let pod = node.pod("empty").await;
+    let volumes = vec![of_host(&cache.0, "/cache"), of_host(&disk, "/disk")];
+    let a = node.run_with(&pod, "a", SLEEP, with(volumes.clone())).await;
+    let volume = of_host(&cache.0, "/cache");
+    let b = node
+        .run_with(&pod, "b", SLEEP, with(vec![read_only(volume)]))
+        .await;
+    let c = node
+        .run_with(&pod, "c", SLEEP, with(vec![of_host(&sub.0, "/part")]))
+        .await;
+
+    // Memory of the guest, as large as the kubelet made it, for all containers of the pod and for nobody on the host.
+    let mounted = node.says(&a, "grep ' /cache ' /proc/mounts").await;
+    assert!(
+        mounted.contains(" tmpfs ") && mounted.contains("size=8192k"),
+        "{mounted}"
+    );
+    assert_eq!(node.says(&a, "stat -c '%a %g' /cache").await, "2777 2000");
+    assert_eq!(node.says(&c, "stat -c '%a %g' /part").await, "2750 2000");
+    node.says(&a, "echo of-a >/cache/file").await;
+    assert_eq!(node.says(&b, "cat /cache/file").await, "of-a");
+    refused(&node, &b, "echo x >/cache/file").await;
+    node.says(&c, "echo of-c >/part/file").await;
+    assert_eq!(node.says(&b, "cat /cache/sub/file").await, "of-c");
+    let on_host: Vec<_> = fs::read_dir(&cache.0)
+        .unwrap()
+        .map(|e| e.unwrap().file_name())
+        .collect();
+    assert_eq!(on_host, ["sub"]);
+    // It counts as memory of who writes, and its size is a limit.
+    let shared = "grep '^shmem ' /sys/fs/cgroup/memory.stat | cut -d' ' -f2";
+    let before: u64 = node.says(&a, shared).await.parse().unwrap();
+    let full =
+        "dd if=/dev/zero of=/cache/big bs=64k count=256 2>&1 | grep -o 'No space left on device'";
+    assert_eq!(node.says(&a, full).await, "No space left on device");
+    let after: u64 = node.says(&a, shared).await.parse().unwrap();
+    assert!(after > before + (7 << 20), "{before} became {after}");
+    node.says(&a, "rm /cache/big").await;
+
+    // On disk it is the host's directory, where the kubelet measures it against its limit.
+    node.says(
+        &a,
+        "dd if=/dev/zero of=/disk/file bs=1M count=3 2>/dev/null",
+    )
+    .await;
+    assert_eq!(fs::metadata(disk.join("file")).unwrap().len(), 3 << 20);
+
+    // The pod keeps it, whatever becomes of its containers and of the daemon.
+    let request = cri::RemoveContainerRequest {
+        container_id: a.id.clone(),
+    };
+    node.runtime
+        .clone()
+        .remove_container(request)
+        .await
+        .unwrap();
+    node.restart().await;
+    let d = node.run_with(&pod, "d", SLEEP, with(volumes)).await;
+    assert_eq!(
+        node.says(&d, "cat /cache/file /cache/sub/file").await,
+        "of-a\nof-c"
+    );
+    node.remove(&pod).await;
+
+    // A pod on the host has the host's.
+    let options = PodOptions {
+        handler: "host".to_owned(),
+        ..PodOptions::default()
+    };
+    let pod = node.pod_with("empty-host", options).await.unwrap();
+    let volume = of_host(&cache.0, "/cache");
+    let container = node.run_with(&pod, "c", SLEEP, with(vec![volume])).await;
+    node.says(&container, "echo here >/cache/file").await;
+    assert_eq!(fs::read_to_string(cache.0.join("file")).unwrap(), "here\n");
+    node.remove(&pod).await;
+    node.assert_nothing_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn files_and_directories_are_shared_and_the_rest_is_refused() {
+    let Some(node) = Node::start().await else {
+        return;
+    };
+    let dir = node.dir().join("things");
+    fs::create_dir_all(dir.join("deep/er")).unwrap();
+    let path = |name: &str| dir.join(name);
+    fs::write(path("file"), "one\n").unwrap();
+    fs::write(path("deep/er/file"), "two\n").unwrap();
+    std::os::unix::fs::symlink("deep/er", path("link")).unwrap();
+    let pod = node.pod("things").await;
+    let mounts = vec![
+        of_host(&path("file"), "/file"),
+        read_only(of_host(&path("deep/er/file"), "/etc/config")),
+        of_host(&path("link"), "/linked"),
+        of_host(&path("deep"), "/deep"),
+    ];
+    let container = node.run_with(&pod, "c", SLEEP, with(mounts)).await;
+    node.says(
+        &container,
+        "cat /file; echo three >/file; echo four >>/file",
+    )
+    .await;
+    assert_eq!(fs::read_to_string(path("file")).unwrap(), "three\nfour\n");
+    fs::write(path("file"), "five\n").unwrap();
+    assert_eq!(
+        node.says(&container, "cat /file /etc/config").await,
+        "five\ntwo"
+    );
+    refused(&node, &container, "echo x >/etc/config").await;
+    node.says(&container, "echo six >/linked/new; echo x >/deep/new")
+        .await;
+    assert_eq!(fs::read_to_string(path("deep/er/new")).unwrap(), "six\n");
+    assert!(path("deep/new").exists());
+
+    let _listener = std::os::unix::net::UnixListener::bind(path("socket")).unwrap();
+    use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+    let mode = Mode::from_bits_truncate(0o600);
+    for (name, kind) in [
+        ("pipe", SFlag::S_IFIFO),
+        ("char", SFlag::S_IFCHR),
+        ("block", SFlag::S_IFBLK),
+    ] {
+        mknod(&path(name), kind, mode, makedev(7, 0)).unwrap();
+    }
+    let huge = path("volumes/kubernetes.io~empty-dir/huge");
+    let huge = Tmpfs::of("hugetlbfs", huge, None);
+    let refuses = async |options, parts: &[&str]| {
+        let error = node
+            .create(&pod, "refused", SLEEP, options)
+            .await
+            .unwrap_err();
+        assert_eq!(error.code(), Code::Unimplemented, "{error}");
+        for part in parts {
+            assert!(error.message().contains(part), "{error}");
+        }
+    };
+    let host = "handler of kind `host`";
+    for name in ["socket", "pipe", "char", "block"] {
+        let place = path(name);
+        let parts = [place.to_str().unwrap(), "/x", host];
+        refuses(with(vec![of_host(&place, "/x")]), &parts).await;
+    }
+    refuses(
+        with(vec![of_host(&huge.0, "/x")]),
+        &["huge pages", "/x", host],
+    )
+    .await;
+    // A volume in block mode.
+    let device = cri::Device {
+        container_path: "/dev/xvda".into(),
+        host_path: path("block").display().to_string(),
+        permissions: "rw".into(),
+    };
+    let options = ContainerOptions {
+        devices: vec![device],
+        ..ContainerOptions::default()
+    };
+    refuses(options, &[path("block").to_str().unwrap(), host]).await;
+    let missing = with(vec![of_host(&path("missing"), "/x")]);
+    let error = node
+        .create(&pod, "refused", SLEEP, missing)
+        .await
+        .unwrap_err();
+    assert_eq!(error.code(), Code::InvalidArgument, "{error}");
+    assert!(error.message().contains("missing"), "{error}");
+    drop(huge);
+    node.remove(&pod).await;
+    node.assert_nothing_left().await;
+}
+
 /// Makes an archive of [`DATA`].
 fn data_archive(node: &Node) -> PathBuf {
     let dir = node.dir().join("image");
@@ -192,10 +411,6 @@ async fn have_images_as_volumes(node: &Node, handler: &str) {
         ..PodOptions::default()
     };
     let pod = node.pod_with(handler, options).await.unwrap();
-    let with = |mounts| ContainerOptions {
-        mounts,
-        ..ContainerOptions::default()
-    };
     let container = node
         .run_with(
             &pod,

@@ -16,8 +16,11 @@ pub struct Paths {
     pub scratch: PathBuf,
     /// A directory a container, with its mounted root file system.
     pub containers: PathBuf,
-    /// Images that containers have as volumes: `<container>/<number>`.
+    /// Images that containers have as volumes: `<container>/<number>`; parts of volumes in memory:
+    /// `<container>/m<number>`.
     pub volumes: PathBuf,
+    /// Volumes in memory, which the containers of a pod share, by name.
+    pub memory: PathBuf,
     /// The agent's program, run anew to become a container's process; it must call [`super::init_main`] when its
     /// first argument is [`super::INIT`].
     pub program: PathBuf,
@@ -32,6 +35,7 @@ impl Default for Paths {
             scratch: "/run/caisson/scratch".into(),
             containers: "/run/caisson/containers".into(),
             volumes: "/run/caisson/volumes".into(),
+            memory: "/run/caisson/memory".into(),
             program: "/proc/self/exe".into(),
             cgroup: "/sys/fs/cgroup".into(),
         }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use caisson_proto::agent::{
-    self, CreateContainerRequest, CreateContainerResponse, ProcessUser, layer::Source,
+    self as proto, CreateContainerRequest, CreateContainerResponse, ProcessUser, layer::Source,
 };
 
 use super::blocking;
@@ -13,7 +13,7 @@ use super::exits;
 use super::pod::Pod;
 use super::stdio::{Streams, Wanted};
 use crate::engine::spec::{LinuxResources, Spec};
-use crate::engine::{self, DiskRange, ImageVolume, Layer, RootFs};
+use crate::engine::{self, Directory, DiskRange, ImageVolume, Layer, MemoryVolume, RootFs};
 use crate::{info, warn};
 
 const LAYERS_MAX: usize = 127;
@@ -77,6 +77,11 @@ fn make(
                 })
             })
             .collect::<Result<_, ServiceError>>()?,
+        memory: request
+            .memory_volumes
+            .into_iter()
+            .map(memory_volume)
+            .collect(),
     };
     let (container, master) =
         engine::Container::create(&request.container_id, spec, rootfs, stdio)?;
@@ -97,8 +102,8 @@ fn make(
 }
 
 /// The layers of an image, as the engine knows them.
-fn layers(field: &'static str, layers: Vec<agent::Layer>) -> Result<Vec<Layer>, ServiceError> {
-    let layer = |layer: agent::Layer| match layer.source {
+fn layers(field: &'static str, layers: Vec<proto::Layer>) -> Result<Vec<Layer>, ServiceError> {
+    let layer = |layer: proto::Layer| match layer.source {
         Some(Source::Path(path)) => Ok(Layer::File(path.into())),
         Some(Source::Disk(range)) => Ok(Layer::Disk(DiskRange {
             serial: range.serial,
@@ -111,6 +116,24 @@ fn layers(field: &'static str, layers: Vec<agent::Layer>) -> Result<Vec<Layer>, 
         }),
     };
     layers.into_iter().map(layer).collect()
+}
+
+fn memory_volume(volume: proto::MemoryVolume) -> MemoryVolume {
+    let directory = |directory: Option<proto::Directory>| {
+        let root = proto::Directory {
+            mode: 0o755,
+            ..proto::Directory::default()
+        };
+        let proto::Directory { mode, uid, gid } = directory.unwrap_or(root);
+        Directory { mode, uid, gid }
+    };
+    MemoryVolume {
+        name: volume.name,
+        size: volume.size_bytes,
+        root: directory(volume.root),
+        sub_path: volume.sub_path,
+        sub: directory(volume.sub),
+    }
 }
 
 /// Runs an engine call that shares the container with others, off the event loop.

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use caisson_agent::engine::{ImageVolume, Layer, RootFs};
+use caisson_agent::engine::{Directory, ImageVolume, Layer, MemoryVolume, RootFs};
 use serde_json::json;
 
 use super::Test;
@@ -16,6 +16,7 @@ pub const TESTS: &[Test] = &[
     ("a_stack_of_many_layers", a_stack_of_many_layers),
     ("images_as_volumes", images_as_volumes),
     ("image_volumes_that_cannot_be", image_volumes_that_cannot_be),
+    ("volumes_in_memory", volumes_in_memory),
     ("read_only_root", read_only_root),
     ("mount_options", mount_options),
     ("propagation", propagation),
@@ -141,6 +142,74 @@ fn image_volumes_that_cannot_be() {
         assert!(error.to_string().contains(part), "{error}");
         assert_eq!(before, traces(), "after {error}");
         assert!(!std::path::Path::new(VOLUMES).join(&id).exists());
+    }
+}
+
+fn volumes_in_memory() {
+    let volume = |name: &str, sub_path: &str| MemoryVolume {
+        name: name.to_owned(),
+        size: 1 << 20,
+        root: Directory {
+            mode: 0o2777,
+            uid: 5,
+            gid: 2000,
+        },
+        sub_path: sub_path.to_owned(),
+        sub: Directory {
+            mode: 0o2750,
+            uid: 6,
+            gid: 7,
+        },
+    };
+    let run = |volume: MemoryVolume, script: &str| {
+        let id = id();
+        let mut document = spec(script);
+        add_mount(
+            &mut document,
+            json!({
+                "destination": "/volume",
+                "type": "bind",
+                "source": format!("{VOLUMES}/{id}/m0"),
+                "options": ["rbind", "rw"],
+            }),
+        );
+        let rootfs = RootFs {
+            memory: vec![volume],
+            ..layers()
+        };
+        let running = create_with(&id, &document, rootfs)?;
+        running.container.start()?;
+        let output = running.end().1;
+        assert!(!std::path::Path::new(VOLUMES).join(&id).exists());
+        Ok::<_, caisson_agent::engine::EngineError>(output)
+    };
+    // The next container has what the last one has left, within the size.
+    let look = "stat -c '%a %u %g' /volume; echo kept >/volume/file; ln -s ../../../.. /volume/up";
+    assert_eq!(run(volume("one", ""), look).unwrap(), "2777 5 2000\n");
+    let fill = "cat /volume/file; dd if=/dev/zero of=/volume/big bs=64k count=64 2>&1 | grep -c 'No space'; \
+                stat -c %s /volume/big; rm /volume/big";
+    assert_eq!(run(volume("one", ""), fill).unwrap(), "kept\n1\n1044480\n");
+    let look = "stat -c '%a %u %g' /volume; echo below >/volume/file";
+    assert_eq!(run(volume("one", "a/b"), look).unwrap(), "2750 6 7\n");
+    assert_eq!(
+        run(volume("one", "a/b"), "cat /volume/file").unwrap(),
+        "below\n"
+    );
+    assert_eq!(run(volume("one", "file"), "cat /volume").unwrap(), "kept\n");
+    assert_eq!(run(volume("two", ""), "ls -A /volume").unwrap(), "");
+    // No path leads out of it.
+    assert_eq!(
+        run(volume("one", "up/a"), "cat /volume/b/file").unwrap(),
+        "below\n"
+    );
+    for name in ["", "..", "a/b", ".a"] {
+        let error = run(volume(name, ""), "true").err().unwrap();
+        assert!(error.is_invalid_argument(), "{error}");
+    }
+    for name in ["one", "two"] {
+        let place = std::path::Path::new(BASE).join("memory").join(name);
+        nix::mount::umount(&place).unwrap();
+        fs::remove_dir(place).unwrap();
     }
 }
 

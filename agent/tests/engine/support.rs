@@ -16,7 +16,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use serde_json::{Value, json};
 
 /// Where everything of these tests is; on the lab's real ext4.
-const BASE: &str = "/var/lib/caisson-engine-test";
+pub const BASE: &str = "/var/lib/caisson-engine-test";
 
 /// Where layers are mounted.
 const LAYER_MOUNTS: &str = "/run/caisson-test/layers";
@@ -52,6 +52,7 @@ pub fn prepare() -> Result<(), String> {
         scratch: base.join("scratch"),
         containers: base.join("containers"),
         volumes: VOLUMES.into(),
+        memory: base.join("memory"),
         ..paths::Paths::default()
     })
     .unwrap();

@@ -127,6 +127,11 @@ const KEYS: &[(&str, &str, &str)] = &[
         "Where CNI plugins are looked for, in order.",
     ),
     (
+        "cni",
+        "timeout_seconds",
+        "Seconds that one call of a CNI plugin may take before it is killed, 1 to 600.",
+    ),
+    (
         "images",
         "certs_dir",
         "How registries are reached: HOST/hosts.toml (or _default/hosts.toml) in containerd's format, with mirrors and certificates.",

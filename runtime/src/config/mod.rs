@@ -119,6 +119,8 @@ pub struct CniSettings {
     pub conf_dir: PathBuf,
     /// The directories in which plugins are looked for, in order.
     pub bin_dirs: Vec<PathBuf>,
+    /// Seconds that one call of a plugin may take.
+    pub timeout_seconds: u32,
 }
 
 /// Images and registries.
@@ -217,6 +219,7 @@ impl Default for CniSettings {
         Self {
             conf_dir: "/etc/cni/net.d".into(),
             bin_dirs: vec!["/opt/cni/bin".into(), "/usr/lib/cni".into()],
+            timeout_seconds: 60,
         }
     }
 }
@@ -353,6 +356,9 @@ impl Config {
                 "microvm.start_timeout_seconds",
                 "a guest has 1 to 3600 seconds to start",
             );
+        }
+        if !(1..=600).contains(&self.cni.timeout_seconds) {
+            return value("cni.timeout_seconds", "a plugin has 1 to 600 seconds");
         }
         if self.microvm.uid == 0 || self.microvm.gid == 0 {
             return value(

@@ -6,7 +6,10 @@ use super::{Context, CriError};
 use crate::config::HandlerKind;
 
 /// `RuntimeReady` and `NetworkReady`, each with its reason where it does not hold. `kvm` is what the probe said.
-pub fn conditions(context: &Context, kvm: Result<(), CriError>) -> Vec<cri::RuntimeCondition> {
+pub async fn conditions(
+    context: &Context,
+    kvm: Result<(), CriError>,
+) -> Vec<cri::RuntimeCondition> {
     let condition = |kind: &str, result: Result<(), (&str, String)>| {
         let (reason, message) = result.as_ref().err().cloned().unwrap_or_default();
         cri::RuntimeCondition {
@@ -33,6 +36,7 @@ pub fn conditions(context: &Context, kvm: Result<(), CriError>) -> Vec<cri::Runt
     let network = context
         .network
         .ready()
+        .await
         .map_err(|error| ("NetworkNotReady", error.to_string()));
     vec![
         condition("RuntimeReady", runtime),

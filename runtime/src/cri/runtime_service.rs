@@ -77,7 +77,7 @@ impl RuntimeService for Service {
         let names = self.context.config.usable_handlers().map(|(name, _)| name);
         ok(cri::StatusResponse {
             status: Some(cri::RuntimeStatus {
-                conditions: conditions::conditions(&self.context, kvm),
+                conditions: conditions::conditions(&self.context, kvm).await,
             }),
             info,
             // The empty name stands for the default handler.

@@ -5,14 +5,21 @@ mod cni;
 mod netns;
 mod tap;
 
+use std::collections::HashSet;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-pub use cni::{Cni, CniConfig, PortMapping};
+use tokio::sync::{Mutex, RwLock};
+
+pub use cni::{Cni, CniConfig, NetworkList, PortMapping};
 
 use crate::sandbox::ids::UserIds;
+
+/// How long a plugin's word on its own readiness holds.
+const RECENT: Duration = Duration::from_secs(2);
 
 /// A pod's network as the sandbox needs it.
 #[derive(Clone, Debug)]
@@ -64,7 +71,7 @@ pub struct Route {
 }
 
 /// Why a pod's network could not be made or unmade.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum NetworkError {
     /// There is no usable CNI configuration.
     #[error("no CNI network is configured: {0}")]
@@ -78,6 +85,16 @@ pub enum NetworkError {
         command: &'static str,
         /// The pod's ID.
         id: String,
+        /// What the plugin said.
+        cause: String,
+    },
+    /// A CNI plugin failed in what is about no pod.
+    #[error("CNI plugin {plugin} failed on {command}: {cause}")]
+    Network {
+        /// The plugin's type.
+        plugin: String,
+        /// STATUS or GC.
+        command: &'static str,
         /// What the plugin said.
         cause: String,
     },
@@ -98,6 +115,26 @@ pub enum NetworkError {
 pub struct Network {
     cni: Cni,
     netns_dir: PathBuf,
+    /// Many may add, check and delete; who collects garbage is alone (CNI 1.1.0, section 2).
+    attachments: Arc<RwLock<()>>,
+    /// What the plugins of a network said last of their readiness, and when.
+    status: Arc<Mutex<Option<Status>>>,
+}
+
+#[derive(Debug)]
+struct Status {
+    at: Instant,
+    of: NetworkList,
+    said: Result<(), NetworkError>,
+}
+
+/// A pod as garbage collection sees it.
+#[derive(Clone, Debug)]
+pub struct Known {
+    /// The sandbox's ID.
+    pub id: String,
+    /// Whether it has a network by its record.
+    pub attached: bool,
 }
 
 impl Network {
@@ -106,15 +143,33 @@ impl Network {
         Self {
             cni: Cni::new(config),
             netns_dir,
+            attachments: Arc::default(),
+            status: Arc::default(),
         }
     }
 
-    /// Whether a pod could get a network now (CRI `NetworkReady`).
+    /// Whether a pod could get a network now (CRI `NetworkReady`): there is a configuration, and its plugins, where they can
+    /// be asked, say so.
     ///
     /// # Errors
-    /// [`NetworkError::NotConfigured`] with the reason.
-    pub fn ready(&self) -> Result<(), NetworkError> {
-        self.cni.load().map(drop)
+    /// [`NetworkError::NotConfigured`] or [`NetworkError::Network`] with the reason.
+    pub async fn ready(&self) -> Result<(), NetworkError> {
+        let list = self.cni.load()?;
+        // One at a time: however many ask, a plugin that hangs is there once.
+        let mut last = self.status.lock().await;
+        if let Some(status) = last.as_ref()
+            && status.of == list
+            && status.at.elapsed() < RECENT
+        {
+            return status.said.clone();
+        }
+        let said = self.cni.status(&list).await;
+        *last = Some(Status {
+            at: Instant::now(),
+            of: list,
+            said: said.clone(),
+        });
+        said
     }
 
     /// The path of a pod's network namespace.
@@ -134,10 +189,11 @@ impl Network {
         guest: bool,
         ids: Option<UserIds>,
     ) -> Result<PodNetwork, NetworkError> {
+        let _together = self.attachments.read().await;
         let netns = self.netns_path(&pod.id);
         let made = self.try_setup(pod, &netns, guest, ids).await;
         if made.is_err()
-            && let Err(error) = self.teardown(pod).await
+            && let Err(error) = self.release(pod).await
         {
             tracing::warn!(pod = pod.id, %error, "the half-made network could not be unmade");
         }
@@ -168,6 +224,54 @@ impl Network {
     /// # Errors
     /// [`NetworkError`]; the namespace is removed even when a plugin fails.
     pub async fn teardown(&self, pod: &PodIdentity) -> Result<(), NetworkError> {
+        let _together = self.attachments.read().await;
+        self.release(pod).await
+    }
+
+    /// Asks the CNI plugins whether a pod's network is as they made it (CHECK).
+    ///
+    /// # Errors
+    /// What the first plugin says that finds it otherwise.
+    pub async fn check(&self, pod: &PodIdentity) -> Result<(), NetworkError> {
+        let _together = self.attachments.read().await;
+        self.cni.check(pod, &self.netns_path(&pod.id)).await
+    }
+
+    /// Releases what is held for pods that nobody knows any more: DEL for each that is kept as attached, then GC with the
+    /// attachments that are still valid. `pods` is asked when no network is being made or unmade.
+    ///
+    /// # Errors
+    /// The first failure, after all was tried.
+    pub async fn collect(&self, pods: impl FnOnce() -> Vec<Known>) -> Result<(), NetworkError> {
+        let _alone = self.attachments.write().await;
+        let pods = pods();
+        let known = pods.iter().map(|pod| pod.id.clone()).collect();
+        let mut failed = None;
+        for stranger in self.cni.stale(&known) {
+            tracing::info!(
+                pod = stranger.id,
+                "releasing the network of a pod that is gone"
+            );
+            if let Err(error) = self.release(&stranger).await {
+                failed.get_or_insert(error);
+            }
+        }
+        let attached: HashSet<_> = pods
+            .into_iter()
+            .filter(|pod| pod.attached || self.cni.has(&pod.id))
+            .map(|pod| pod.id)
+            .collect();
+        match self.cni.gc(&attached).await {
+            // Without a network there is nobody to ask.
+            Ok(()) | Err(NetworkError::NotConfigured(_)) => {}
+            Err(error) => {
+                failed.get_or_insert(error);
+            }
+        }
+        failed.map_or(Ok(()), Err)
+    }
+
+    async fn release(&self, pod: &PodIdentity) -> Result<(), NetworkError> {
         let netns = self.netns_path(&pod.id);
         let released = self.cni.del(pod, &netns).await;
         netns::remove(&pod.id, netns).await?;

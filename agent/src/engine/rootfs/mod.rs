@@ -4,6 +4,7 @@
 mod disk;
 mod layers;
 mod loopdev;
+mod memory;
 mod volume;
 
 use std::fs;
@@ -19,23 +20,26 @@ use super::paths;
 pub use disk::DiskRange;
 pub use layers::Layer;
 use layers::LayerMount;
+pub use memory::{Directory, MemoryVolume};
 pub use volume::ImageVolume;
 use volume::VolumeMount;
 
 /// Layers an image can have, as in other runtimes.
 const MAX_LAYERS: usize = 127;
-/// Images a container can have as volumes.
+/// Images a container can have as volumes, and volumes in memory.
 const MAX_VOLUMES: usize = 512;
 /// The kernel takes one page of options, with a NUL at the end.
 const MAX_OPTIONS: usize = 4095;
 
-/// What a container's root file system is made of, and its volumes that are images.
+/// What a container's root file system is made of, and its volumes that are no shared mounts.
 #[derive(Debug, Clone, Default)]
 pub struct RootFs {
     /// EROFS images, lowest first.
     pub layers: Vec<Layer>,
     /// Images that the spec's mounts find in [`paths::Paths::volumes`].
     pub volumes: Vec<ImageVolume>,
+    /// Volumes in memory, found there too.
+    pub memory: Vec<MemoryVolume>,
 }
 
 /// A mounted root file system.
@@ -58,17 +62,24 @@ impl Mounted {
         rootfs: &RootFs,
         ids: Option<BorrowedFd<'_>>,
     ) -> Result<Self, EngineError> {
-        if rootfs.volumes.len() > MAX_VOLUMES {
-            return Err(EngineError::Argument(format!(
-                "{id} has {} images as volumes; at most {MAX_VOLUMES} are possible",
-                rootfs.volumes.len()
-            )));
+        for (count, kind) in [
+            (rootfs.volumes.len(), "images as volumes"),
+            (rootfs.memory.len(), "volumes in memory"),
+        ] {
+            if count > MAX_VOLUMES {
+                return Err(EngineError::Argument(format!(
+                    "{id} has {count} {kind}; at most {MAX_VOLUMES} are possible"
+                )));
+            }
         }
         let layers = mount_layers(&rootfs.layers, ids)?;
-        let volumes = (0..)
+        let images = (0..)
             .zip(&rootfs.volumes)
-            .map(|(number, volume)| VolumeMount::mount(id, number, volume, ids))
-            .collect::<Result<_, _>>()?;
+            .map(|(number, volume)| VolumeMount::mount(id, number, volume, ids));
+        let memory = (0..)
+            .zip(&rootfs.memory)
+            .map(|(number, volume)| VolumeMount::of_memory(id, number, volume));
+        let volumes = images.chain(memory).collect::<Result<_, _>>()?;
         let (target, scratch) = (paths::get().rootfs(id), paths::get().scratch(id));
         let what = format!("mount the root file system {}", target.display());
         let mounted = Self {

@@ -1,4 +1,5 @@
-//! Images as volumes: read-only layers, stacked where there are several.
+//! Volumes that the agent mounts for one container: images, which are read-only layers, stacked where there are several;
+//! and parts of volumes in memory.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -10,6 +11,7 @@ use nix::fcntl::OFlag;
 use nix::mount::MsFlags;
 
 use super::layers::{Layer, LayerMount};
+use super::memory::MemoryVolume;
 use super::{mount_layers, places, stack, unmount};
 use crate::engine::error::EngineError;
 use crate::engine::init::resolve::Tree;
@@ -62,8 +64,26 @@ impl VolumeMount {
                 ))
             })?;
         mounted
-            .attach(part)
+            .attach(part, libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NODEV)
             .map_err(|error| EngineError::system(what(), error))?;
+        Ok(mounted)
+    }
+
+    /// Mounts what the container has of a volume in memory.
+    pub fn of_memory(id: &str, number: usize, volume: &MemoryVolume) -> Result<Self, EngineError> {
+        let directory = paths::get().volumes.join(id);
+        let mounted = Self {
+            place: directory.join(format!("m{number}")),
+            stack: directory.join(format!("m{number}.stack")),
+            layers: Vec::new(),
+        };
+        let part = volume.open()?;
+        mounted
+            .attach(part, libc::MOUNT_ATTR_NODEV)
+            .map_err(|error| {
+                let what = format!("mount the memory volume {}", volume.name);
+                EngineError::system(what, error)
+            })?;
         Ok(mounted)
     }
 
@@ -81,7 +101,7 @@ impl VolumeMount {
         Ok(Tree::new(root.into()))
     }
 
-    fn attach(&self, part: OwnedFd) -> io::Result<()> {
+    fn attach(&self, part: OwnedFd, flags: u64) -> io::Result<()> {
         let copy = sys::clone_tree(part.as_fd(), c"", false)?;
         let kind = File::from(part).metadata()?.file_type();
         if let Some(parent) = self.place.parent() {
@@ -95,7 +115,7 @@ impl VolumeMount {
             return Err(io::Error::other("it is neither a directory nor a file"));
         }
         let mut attributes = sys::no_attributes();
-        attributes.attr_set = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NODEV;
+        attributes.attr_set = flags;
         sys::set_attributes(copy.as_fd(), false, &attributes)?;
         let place = OpenOptions::new()
             .read(true)

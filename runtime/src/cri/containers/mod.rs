@@ -5,6 +5,7 @@ pub mod exec;
 pub mod exits;
 mod image_volumes;
 pub mod log;
+mod memory_volumes;
 mod propagation;
 mod recover;
 mod remove;

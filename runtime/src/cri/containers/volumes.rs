@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 
-use caisson_proto::cri;
+use caisson_proto::{agent, cri};
 use cri::MountPropagation;
 
 use super::super::CriError;
 use super::super::spec::{self, Volume};
+use super::memory_volumes::{self, MemoryVolumeError};
 use super::{image_volumes, propagation};
 use crate::sandbox::ids::UserIds;
 use crate::sandbox::{Sandbox, SharedVolume, VolumeOptions};
@@ -17,10 +18,32 @@ const MAX_VOLUMES: usize = 512;
 /// A volume that was checked.
 #[derive(Debug)]
 pub struct Checked {
-    /// The path of the host; `None`: an image volume.
-    path: Option<PathBuf>,
+    source: Source,
     mount: cri::Mount,
     ids: Option<UserIds>,
+}
+
+/// Where a volume's content is.
+#[derive(Debug)]
+enum Source {
+    /// At this path of the host.
+    Host(PathBuf),
+    /// In the guest's memory.
+    Memory(agent::MemoryVolume),
+    /// In an image.
+    Image,
+}
+
+impl Checked {
+    /// What the agent is told of the volumes in memory, in their order.
+    pub fn memory_volumes(all: &[Self]) -> Vec<agent::MemoryVolume> {
+        all.iter()
+            .filter_map(|volume| match &volume.source {
+                Source::Memory(memory) => Some(memory.clone()),
+                Source::Host(_) | Source::Image => None,
+            })
+            .collect()
+    }
 }
 
 /// Checks the mounts that a client asks for and follows symbolic links to what they mean. `pod` are the pod's IDs.
@@ -61,7 +84,7 @@ pub async fn resolve(
         if image_volumes::is_image(mount) {
             // The agent mounts it with the IDs of the container.
             all.push(Checked {
-                path: None,
+                source: Source::Image,
                 mount: mount.clone(),
                 ids: None,
             });
@@ -93,9 +116,27 @@ pub async fn resolve(
                 mount.host_path
             )));
         }
-        propagation::check(&path, mount).await?;
+        let memory = if on_host || !kind.is_dir() {
+            None
+        } else {
+            memory_volumes::find(&path, ids).await.map_err(|error| {
+                let text = format!("the mount at {at}, {}, {error}", mount.host_path);
+                match error {
+                    MemoryVolumeError::HugePages => CriError::unimplemented(text),
+                    MemoryVolumeError::Read(_) => CriError::internal(text),
+                }
+            })?
+        };
+        let source = match memory {
+            // Nothing is mounted below it that could propagate.
+            Some(memory) => Source::Memory(memory),
+            None => {
+                propagation::check(&path, mount).await?;
+                Source::Host(path)
+            }
+        };
         all.push(Checked {
-            path: Some(path),
+            source,
             mount: mount.clone(),
             ids,
         });
@@ -113,11 +154,11 @@ pub async fn share(
     volumes: Vec<Checked>,
 ) -> Result<Vec<Volume>, CriError> {
     let mut shared = Vec::with_capacity(volumes.len());
-    let mut images = 0;
-    for Checked { path, mount, ids } in volumes {
+    let (mut images, mut memory) = (0, 0);
+    for Checked { source, mount, ids } in volumes {
         let propagation = mount.propagation();
-        let volume = match path {
-            Some(path) => {
+        let volume = match source {
+            Source::Host(path) => {
                 let options = VolumeOptions {
                     read_only: mount.readonly,
                     recursive_read_only: mount.recursive_read_only,
@@ -126,7 +167,15 @@ pub async fn share(
                 };
                 sandbox.share_volume(container_id, &path, options).await?
             }
-            None => {
+            Source::Memory(_) => {
+                memory += 1;
+                SharedVolume {
+                    path: memory_volumes::place(container_id, memory - 1),
+                    partly_writable: false,
+                    ids: None,
+                }
+            }
+            Source::Image => {
                 images += 1;
                 SharedVolume {
                     path: image_volumes::place(container_id, images - 1),
@@ -180,7 +229,8 @@ mod tests {
         let resolved = resolve(&[mount(link.to_str().unwrap())], false, None)
             .await
             .unwrap();
-        assert_eq!(resolved[0].path, Some(dir.path().canonicalize().unwrap()));
+        let here = dir.path().canonicalize().unwrap();
+        assert!(matches!(&resolved[0].source, Source::Host(path) if *path == here));
     }
 
     #[tokio::test]

@@ -9,6 +9,7 @@ mod sandbox;
 mod scratch;
 mod size;
 mod stop;
+mod tend;
 mod view;
 mod watch;
 
@@ -19,6 +20,7 @@ pub use remove::remove;
 pub use resize::resize;
 pub use run::{hostname, run};
 pub use stop::stop;
+pub use tend::tend_networks;
 pub use view::{item, status};
 
 use super::CriError;

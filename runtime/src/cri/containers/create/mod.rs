@@ -132,6 +132,7 @@ async fn make(
     spec::build(&input)?;
     let host_paths = volumes::resolve(&config.mounts, host.is_some(), ids).await?;
 
+    let memory_volumes = volumes::Checked::memory_volumes(&host_paths);
     let shared = volumes::share(sandbox, &container.id, host_paths).await?;
     input.volumes = &shared;
     let spec = spec::build(&input)?;
@@ -146,6 +147,7 @@ async fn make(
         rootfs: Some(agent::RootFs { layers }),
         stdin: config.stdin,
         image_volumes,
+        memory_volumes,
     };
     let mut client = sandbox.agent();
     let what = format!("create container {}", container.id);

@@ -1,0 +1,175 @@
+//! Limits of containers that change while they run.
+
+use std::collections::HashMap;
+
+use caisson_proto::cri;
+use caisson_tests::{Container, ContainerOptions, Node, PodOptions};
+use tonic::{Code, Status};
+
+const SLEEP: &str = "trap 'exit 0' TERM; sleep 100000 & wait";
+
+async fn update(
+    node: &Node,
+    container: &Container,
+    limits: cri::LinuxContainerResources,
+) -> Result<(), Status> {
+    let request = cri::UpdateContainerResourcesRequest {
+        container_id: container.id.clone(),
+        linux: Some(limits),
+        ..cri::UpdateContainerResourcesRequest::default()
+    };
+    let done = node
+        .runtime
+        .clone()
+        .update_container_resources(request)
+        .await;
+    done.map(drop)
+}
+
+fn unified(file: &str, value: &str) -> cri::LinuxContainerResources {
+    cri::LinuxContainerResources {
+        unified: HashMap::from([(file.to_owned(), value.to_owned())]),
+        ..cri::LinuxContainerResources::default()
+    }
+}
+
+fn huge(size: &str, limit: u64) -> cri::LinuxContainerResources {
+    cri::LinuxContainerResources {
+        hugepage_limits: vec![cri::HugepageLimit {
+            page_size: size.to_owned(),
+            limit,
+        }],
+        ..cri::LinuxContainerResources::default()
+    }
+}
+
+async fn limits(node: &Node, container: &Container) -> cri::LinuxContainerResources {
+    let status = node.status(container).await;
+    status.resources.unwrap().linux.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_limit_of_a_running_container_changes() {
+    let Some(node) = Node::start().await else {
+        return;
+    };
+    let options = PodOptions {
+        millicpus: 2000,
+        memory: 256 << 20,
+        ..PodOptions::default()
+    };
+    let pod = node.pod_with("limits", options).await.unwrap();
+    let container = ContainerOptions {
+        memory: 64 << 20,
+        ..ContainerOptions::default()
+    };
+    let container = node.create(&pod, "c", SLEEP, container).await.unwrap();
+    // Made and not started yet: the limits hold from the first moment.
+    let none = cri::LinuxContainerResources::default;
+    let more = cri::LinuxContainerResources {
+        memory_limit_in_bytes: 80 << 20,
+        ..none()
+    };
+    update(&node, &container, more).await.unwrap();
+    node.start_container(&container).await.unwrap();
+    let file = |name: &str| {
+        let script = format!("cat /sys/fs/cgroup/{name}");
+        let (node, container) = (&node, &container);
+        async move { node.says(container, &script).await }
+    };
+    assert_eq!(file("memory.max").await, (80 << 20).to_string());
+
+    let cpu = cri::LinuxContainerResources {
+        cpu_shares: 512,
+        cpu_period: 100_000,
+        cpu_quota: 50_000,
+        ..none()
+    };
+    update(&node, &container, cpu).await.unwrap();
+    assert_eq!(file("cpu.max").await, "50000 100000");
+    assert_eq!(file("cpu.weight").await, "20");
+
+    let memory = cri::LinuxContainerResources {
+        memory_limit_in_bytes: 96 << 20,
+        memory_swap_limit_in_bytes: 96 << 20,
+        ..none()
+    };
+    update(&node, &container, memory).await.unwrap();
+    assert_eq!(file("memory.max").await, (96 << 20).to_string());
+    assert_eq!(file("memory.swap.max").await, "0");
+
+    update(&node, &container, unified("pids.max", "50"))
+        .await
+        .unwrap();
+    assert_eq!(file("pids.max").await, "50");
+
+    let allowed = "grep Cpus_allowed_list /proc/self/status | cut -f2";
+    assert_eq!(node.says(&container, allowed).await, "0-1");
+    let cpuset = cri::LinuxContainerResources {
+        cpuset_cpus: "1".into(),
+        cpuset_mems: "0".into(),
+        ..none()
+    };
+    update(&node, &container, cpuset).await.unwrap();
+    assert_eq!(file("cpuset.cpus").await, "1");
+    assert_eq!(file("cpuset.mems").await, "0");
+    assert_eq!(node.says(&container, allowed).await, "1");
+
+    update(&node, &container, huge("2MB", 4 << 20))
+        .await
+        .unwrap();
+    assert_eq!(file("hugetlb.2MB.max").await, (4 << 20).to_string());
+
+    let high = (48 << 20).to_string();
+    update(&node, &container, unified("memory.high", &high))
+        .await
+        .unwrap();
+    assert_eq!(file("memory.high").await, high);
+
+    // What was set before stays, and the status tells all of it.
+    assert_eq!(file("cpu.max").await, "50000 100000");
+    let told = limits(&node, &container).await;
+    assert_eq!((told.cpu_shares, told.cpu_quota), (512, 50_000));
+    assert_eq!(told.memory_limit_in_bytes, 96 << 20);
+    assert_eq!(
+        (told.cpuset_cpus.as_str(), told.cpuset_mems.as_str()),
+        ("1", "0")
+    );
+    assert_eq!(told.hugepage_limits, huge("2MB", 4 << 20).hugepage_limits);
+    assert_eq!(told.unified["pids.max"], "50");
+    assert_eq!(told.unified["memory.high"], high);
+
+    // What cannot be is told by its name and changes nothing.
+    let cpus = cri::LinuxContainerResources {
+        cpuset_cpus: "7".into(),
+        ..none()
+    };
+    let swap = cri::LinuxContainerResources {
+        memory_limit_in_bytes: 96 << 20,
+        memory_swap_limit_in_bytes: 1 << 20,
+        ..none()
+    };
+    let shares = cri::LinuxContainerResources {
+        cpu_shares: -1,
+        ..none()
+    };
+    for (limits, part) in [
+        (cpus, "cpu.cpus"),
+        (huge("3MB", 1 << 20), "hugepageLimits"),
+        (unified("no.such", "1"), "unified.no.such"),
+        (unified("cgroup.procs", "1"), "unified.cgroup.procs"),
+        (swap, "memory_swap_limit_in_bytes"),
+        (shares, "cpu_shares"),
+    ] {
+        let error = update(&node, &container, limits).await.unwrap_err();
+        assert!(error.message().contains(part), "{part}: {error}");
+    }
+    assert_eq!(limits(&node, &container).await, told);
+    assert_eq!(file("cpuset.cpus").await, "1");
+
+    node.stop_container(&container, 5).await;
+    let error = update(&node, &container, none()).await.unwrap_err();
+    assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
+    node.remove(&pod).await;
+    node.assert_nothing_left().await;
+}
