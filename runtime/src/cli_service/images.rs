@@ -144,7 +144,7 @@ pub async fn prune(context: &Arc<Context>, all: bool) -> Result<cli::PruneRespon
     let containers = context.registry.containers();
     let used = containers
         .iter()
-        .map(|container| container.record().image_id)
+        .map(|container| container.record().image_id.clone())
         .collect();
     let using = context.clone();
     let pruned = context
