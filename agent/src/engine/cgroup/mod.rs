@@ -289,7 +289,8 @@ fn enable_controllers(directory: &Path) {
 }
 
 fn read_bounded(path: &Path) -> io::Result<String> {
-    let mut text = String::new();
+    // Most of these files fit, and are read by one call and not by many of a growing size.
+    let mut text = String::with_capacity(4096);
     File::open(path)?
         .take(MAX_FILE)
         .read_to_string(&mut text)

@@ -93,32 +93,32 @@ pub async fn container(container: &Arc<Container>) -> Result<cri::ContainerStats
     Ok(convert(container, found))
 }
 
-/// The use of the containers that pass `wanted`, of all pods at once. A pod that does not answer is left out.
+/// The use of the running containers that pass `wanted`: one question to each of their pods, all at once. A pod that
+/// does not answer is left out.
 pub async fn list(
     context: &Arc<Context>,
     wanted: impl Fn(&Container) -> bool,
 ) -> Vec<cri::ContainerStats> {
-    let pods = context.registry.pods();
-    let asked = pods.iter().filter(|pod| pod.ready().is_ok()).map(|pod| async move {
-        match ask(pod, Vec::new(), false).await {
-            Ok(answer) => of_containers(context, pod, &answer),
+    let mut pods: HashMap<String, (Arc<Pod>, Vec<Arc<Container>>)> = HashMap::new();
+    for container in context.registry.containers() {
+        if container.state() == ContainerState::Running && wanted(&container) {
+            let pod = container.pod.clone();
+            let of_pod = pods.entry(pod.id.clone()).or_insert((pod, Vec::new()));
+            of_pod.1.push(container);
+        }
+    }
+    let asked = pods.into_values().map(|(pod, containers)| async move {
+        match ask(&pod, Vec::new(), false).await {
+            Ok(answer) => matched(containers, &answer.containers)
+                .map(|(container, stats)| convert(&container, stats))
+                .collect(),
             Err(error) => {
                 tracing::warn!(pod = pod.id, %error, "the pod told nothing of its resource use");
                 Vec::new()
             }
         }
     });
-    let all = futures::future::join_all(asked).await;
-    all.into_iter()
-        .flatten()
-        .filter(|stats| {
-            stats
-                .attributes
-                .as_ref()
-                .and_then(|attributes| context.registry.container(&attributes.id).ok())
-                .is_some_and(|container| wanted(&container))
-        })
-        .collect()
+    futures::future::join_all(asked).await.concat()
 }
 
 /// Asks a pod's agent for the use of these containers, or of all; `detail` for what only metrics tell.
@@ -150,19 +150,24 @@ pub fn running<'a>(
     pod: &Pod,
     told: &'a [agent::ContainerStats],
 ) -> impl Iterator<Item = (Arc<Container>, &'a agent::ContainerStats)> {
+    let mut containers = context.registry.containers_of(&pod.id);
+    containers.retain(|container| container.state() == ContainerState::Running);
+    matched(containers, told)
+}
+
+/// Each container with what an agent told of it. Whatever else it told is left out.
+fn matched(
+    containers: Vec<Arc<Container>>,
+    told: &[agent::ContainerStats],
+) -> impl Iterator<Item = (Arc<Container>, &agent::ContainerStats)> {
     let by_id: HashMap<_, _> = told
         .iter()
         .map(|stats| (stats.container_id.as_str(), stats))
         .collect();
-    context
-        .registry
-        .containers_of(&pod.id)
-        .into_iter()
-        .filter(|container| container.state() == ContainerState::Running)
-        .filter_map(move |container| {
-            let stats = by_id.get(container.id.as_str())?;
-            Some((container, *stats))
-        })
+    containers.into_iter().filter_map(move |container| {
+        let stats = by_id.get(container.id.as_str())?;
+        Some((container, *stats))
+    })
 }
 
 fn of_containers(

@@ -15,6 +15,9 @@ use catalogue::{CONTAINER, Family, POD};
 /// The labels of every metric, before its own.
 const LABELS: [&str; 6] = ["id", "name", "image", "container", "pod", "namespace"];
 
+/// The most devices, and the most sizes of huge pages, that a guest may tell of a container.
+const MAX_ENTRIES: usize = 64;
+
 /// The values of a metric, each with those of its own labels.
 type Values = Vec<(Vec<String>, u64)>;
 
@@ -89,7 +92,7 @@ async fn of_pod(
                 resources: record.resources.0.clone(),
                 started_at: record.started_at,
                 stats: stats.clone(),
-                detail: stats.detail.clone().unwrap_or_default(),
+                detail: bounded(stats.detail.as_ref()),
             };
             cri::ContainerMetrics {
                 container_id: container.id.clone(),
@@ -107,6 +110,17 @@ async fn of_pod(
         ),
         container_metrics,
     })
+}
+
+/// What a guest told of a container in detail, within bounds: its lists make as many metrics.
+fn bounded(told: Option<&agent::ContainerDetail>) -> agent::ContainerDetail {
+    let Some(told) = told else {
+        return agent::ContainerDetail::default();
+    };
+    let mut detail = told.clone();
+    detail.devices.truncate(MAX_ENTRIES);
+    detail.huge_pages.truncate(MAX_ENTRIES);
+    detail
 }
 
 fn collect<T: ?Sized>(
@@ -133,6 +147,18 @@ fn collect<T: ?Sized>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_guest_tells_is_bounded() {
+        let told = agent::ContainerDetail {
+            devices: vec![agent::DeviceIo::default(); 100_000],
+            huge_pages: vec![agent::HugePages::default(); 30],
+            ..Default::default()
+        };
+        let detail = bounded(Some(&told));
+        assert_eq!(detail.devices.len(), MAX_ENTRIES);
+        assert_eq!(detail.huge_pages.len(), 30);
+    }
 
     #[test]
     fn every_value_has_as_many_labels_as_its_descriptor() {
