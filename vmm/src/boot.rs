@@ -15,6 +15,7 @@ use crate::control::Events;
 use crate::jail::{Jail, JailError};
 use crate::logs::{Dial, LogManager};
 use crate::pod::{Pod, Running};
+use crate::threads::{self, ConfineError};
 use crate::timeline::Timeline;
 use crate::transport::mmio::MmioTransport;
 use crate::virtio::blk::{Block, Layers};
@@ -40,6 +41,9 @@ pub enum BootError {
     /// The jail.
     #[error(transparent)]
     Jail(#[from] JailError),
+    /// The filters.
+    #[error(transparent)]
+    Confine(#[from] ConfineError),
     /// A device.
     #[error("the {name} cannot be made: {source}")]
     Device {
@@ -92,8 +96,11 @@ pub fn build_and_boot(
     let jail = timeline.measure("prepare jail", || prepare_jail(&config))?;
     let mut devices = timeline.measure("create devices", || create_devices(&mut config, events))?;
     timeline.measure("enter jail", || match (jail, &config.jail) {
-        (Some(jail), Some(identity)) => jail.enter(identity),
-        _ => Ok(()),
+        (Some(jail), Some(identity)) => {
+            jail.enter(identity)?;
+            Ok(threads::confine()?)
+        }
+        _ => Ok::<_, BootError>(()),
     })?;
     if let Some(mut share) = devices.share.take() {
         share.open_root().map_err(device("share"))?;

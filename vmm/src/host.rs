@@ -8,7 +8,6 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::Builder;
 use std::time::Duration;
 
 use caisson_vmm_protocol::{
@@ -27,6 +26,7 @@ use crate::control::Events;
 use crate::jail::{Jail, JailError};
 use crate::logs::{Dial, LogManager};
 use crate::pod::{Pod, Running};
+use crate::threads::{self, ConfineError, Kind};
 use crate::timeline::Timeline;
 use crate::vm::Ending;
 
@@ -41,6 +41,9 @@ pub enum JoinError {
     /// The jail.
     #[error(transparent)]
     Jail(#[from] JailError),
+    /// The filters.
+    #[error(transparent)]
+    Confine(#[from] ConfineError),
     /// The agent's directory, or a thread.
     #[error("the {what} of the pod on the host cannot be had: {source}")]
     System {
@@ -147,7 +150,8 @@ pub fn join(
                 let jail = Jail::prepare(Some(config.agent_directory.as_fd()))?;
                 // It would be a way out.
                 drop(config.agent_directory);
-                Ok(jail.enter(identity)?)
+                jail.enter(identity)?;
+                Ok(threads::confine()?)
             }
             None => fchdir(&config.agent_directory).map_err(system("directory")),
         }
@@ -195,7 +199,7 @@ fn watch(agent: OwnedFd, ending: &Arc<Ending>, expected: &Arc<AtomicBool>) -> io
             ),
         });
     };
-    Builder::new().name("agent".into()).spawn(wait).map(drop)
+    threads::spawn(Kind::Watch, "agent", 0, wait).map(drop)
 }
 
 /// Tells when the agent takes connections.
@@ -210,7 +214,7 @@ fn await_agent(dial: UnixDial, ending: &Arc<Ending>, events: &Arc<Events>) -> io
             std::thread::sleep(ASK_AGAIN);
         }
     };
-    Builder::new().name("ready".into()).spawn(ask).map(drop)
+    threads::spawn(Kind::Watch, "ready", 0, ask).map(drop)
 }
 
 /// Connects to the agent's stream socket.

@@ -11,6 +11,7 @@ pub mod logs;
 pub mod pod;
 pub mod probe;
 pub mod process;
+pub mod threads;
 pub mod timeline;
 pub mod transport;
 pub mod virtio;

@@ -5,7 +5,6 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::thread::Builder;
 
 use caisson_vmm_protocol::{CONTROL_FD, Channel, ExitReason, Frame, Reply, Request};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -17,6 +16,7 @@ use crate::config::MachineConfig;
 use crate::control::{Control, Events, await_boot};
 use crate::host::{self, HostConfig};
 use crate::pod::Running;
+use crate::threads::{self, Kind};
 use crate::timeline::Timeline;
 use crate::vm::Ending;
 
@@ -133,6 +133,9 @@ fn serve(
             "no thread for the control socket: {error}"
         )));
     }
+    if let Err(error) = threads::confine_self(Kind::Main) {
+        ending.end(ExitReason::InternalError(error.to_string()));
+    }
     let reason = ending.wait();
     control.finish(&reason, started.exit_file);
     ExitCode::from(exit_status(&reason))
@@ -188,7 +191,7 @@ fn end_on_signals(signals: SigSet, ending: &Arc<Ending>) -> std::io::Result<()> 
             ending.end(ExitReason::Killed);
         }
     };
-    Builder::new().name("signals".into()).spawn(wait).map(drop)
+    threads::spawn(Kind::Watch, "signals", 0, wait).map(drop)
 }
 
 /// A bug in one thread ends the machine with a reason instead of leaving it half alive.

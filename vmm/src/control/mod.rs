@@ -8,6 +8,7 @@ mod events;
 
 pub use events::Events;
 
+use crate::threads::{self, Kind};
 use std::error::Error;
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -15,7 +16,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread::Builder;
 use std::time::Duration;
 
 use caisson_vmm_protocol::{
@@ -95,7 +95,7 @@ impl Control {
             return Ok(());
         }
         let control = Arc::clone(self);
-        let spawned = Builder::new().name("control".into()).spawn(move || {
+        let spawned = threads::spawn(Kind::Control, "control", 0, move || {
             // The end of a connection, whatever its cause, concerns nobody else.
             let _ = control.converse(&mut channel);
             control.connections.fetch_sub(1, Ordering::SeqCst);
@@ -124,7 +124,7 @@ impl Control {
                 }
             }
         };
-        Builder::new().name("listen".into()).spawn(accept).map(drop)
+        threads::spawn(Kind::Control, "listen", 0, accept).map(drop)
     }
 
     /// Ends the machine's threads, once its end was told, and waits a bounded time for the containers' last
@@ -277,7 +277,7 @@ impl Control {
                 eprintln!("the guest could not be asked to power off: {error}");
             }
         };
-        Builder::new().name("shutdown".into()).spawn(ask)?;
+        threads::spawn(Kind::Control, "shutdown", 0, ask)?;
         Ok(())
     }
 }

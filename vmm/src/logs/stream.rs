@@ -5,7 +5,6 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::thread::Builder;
 use std::time::{Duration, Instant, SystemTime};
 
 use caisson_vmm_protocol::Event;
@@ -14,6 +13,7 @@ use super::EventSink;
 use super::format::{Formatter, Tag};
 use super::sink::Sink;
 use super::tee::{Arrivals, Tees};
+use crate::threads::{self, Kind};
 
 /// Bytes read at a time.
 const READ: usize = 64 * 1024;
@@ -136,13 +136,15 @@ impl Log {
             let log = Arc::clone(self);
             let ours = Arc::clone(live);
             live.change(1);
-            let thread = Builder::new()
-                .name(format!("log-{}", tag.name()))
-                .stack_size(STACK)
-                .spawn(move || {
+            let thread = threads::spawn(
+                Kind::Log,
+                &format!("log-{}", tag.name()),
+                STACK,
+                move || {
                     log.copy(stream, tag);
                     ours.change(-1);
-                });
+                },
+            );
             if let Err(error) = thread {
                 live.change(-1);
                 return Err(error);

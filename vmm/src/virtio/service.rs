@@ -7,18 +7,21 @@ use vm_memory::GuestAddressSpace;
 use super::queue::Ring;
 use super::worker::{Handler, Worker};
 use super::{Activation, ActiveQueue, DeviceError, FailureSink};
+use crate::threads::Kind;
 
 /// A resource `R` (a disk, a tap) that goes to a worker's handler `H` at activation and comes back at reset.
 pub struct Service<R, H> {
+    kind: Kind,
     device: &'static str,
     idle: Option<R>,
     worker: Option<Worker<H>>,
 }
 
 impl<R, H: Handler + Into<R>> Service<R, H> {
-    /// An idle service.
-    pub fn new(device: &'static str, resource: R) -> Self {
+    /// An idle service, whose worker's thread will be of this kind.
+    pub fn new(kind: Kind, device: &'static str, resource: R) -> Self {
         Self {
+            kind,
             device,
             idle: Some(resource),
             worker: None,
@@ -38,7 +41,7 @@ impl<R, H: Handler + Into<R>> Service<R, H> {
         let Some(resource) = self.idle.take() else {
             return Err(self.failed(io::Error::other("its resources are not at hand")));
         };
-        match Worker::spawn(self.device, make(resource), failure) {
+        match Worker::spawn(self.kind, self.device, make(resource), failure) {
             Ok(worker) => {
                 self.worker = Some(worker);
                 Ok(())

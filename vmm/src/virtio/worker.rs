@@ -3,12 +3,13 @@
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{DeviceError, FailureSink};
+use crate::threads::{self, Kind};
 
 /// Events taken from the kernel at a time.
 const BATCH: usize = 32;
@@ -106,7 +107,7 @@ impl<H: Handler> Worker<H> {
     ///
     /// # Errors
     /// What the system says when it cannot make the thread or its descriptors.
-    pub fn spawn(name: &str, mut handler: H, failure: FailureSink) -> io::Result<Self> {
+    pub fn spawn(kind: Kind, name: &str, mut handler: H, failure: FailureSink) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
                 order: Order::Run,
@@ -124,7 +125,7 @@ impl<H: Handler> Worker<H> {
         )?;
         let poll = Poll(epoll);
         let ours = Arc::clone(&shared);
-        let thread = Builder::new().name(name.to_owned()).spawn(move || {
+        let thread = threads::spawn(kind, name, 0, move || {
             if let Err(error) = run(&mut handler, &poll, &ours) {
                 failure(error);
             }
@@ -266,7 +267,7 @@ mod tests {
             seen,
         };
         let sink: FailureSink = Arc::new(move |e| failed.send(e.to_string()).unwrap());
-        let worker = Worker::spawn("test", handler, sink).unwrap();
+        let worker = Worker::spawn(Kind::Rng, "test", handler, sink).unwrap();
         (worker, event, got, failures)
     }
 

@@ -1,9 +1,10 @@
 //! The serial console's output: a bounded log that never holds a vCPU up.
 
+use crate::threads::{self, Kind};
 use std::fs::File;
 use std::io::{self, Write};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// Bytes that are collected before they are written, if no line ends before.
@@ -30,7 +31,7 @@ impl Console {
     pub fn new(mut file: File, limit: u64) -> io::Result<Self> {
         let (to_writer, lines) = sync_channel::<Vec<u8>>(BACKLOG);
         let (finished, done) = sync_channel(1);
-        let thread = Builder::new().name("console".into()).spawn(move || {
+        let thread = threads::spawn(Kind::Console, "console", 0, move || {
             for line in lines {
                 // A full disk must not end the pod; the console is for people.
                 let _ = file.write_all(&line);

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use caisson_vmm_protocol::ExitReason;
@@ -11,6 +11,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::bus::Bus;
 use super::ending::Ending;
+use crate::threads::{self, Kind};
 
 /// A signal that comes between the look at the order and `KVM_RUN` is lost; so it is sent again after this.
 const KICK_AGAIN: Duration = Duration::from_millis(2);
@@ -95,7 +96,7 @@ impl Vcpus {
                 let _ended = Ended(&gate);
                 run(index, fd, &gate, &bus, &ending);
             };
-            let thread = Builder::new().name(format!("vcpu{index}")).spawn(run);
+            let thread = threads::spawn(Kind::Vcpu, &format!("vcpu{index}"), 0, run);
             match thread {
                 Ok(thread) => vcpus.threads.push(thread),
                 Err(error) => {

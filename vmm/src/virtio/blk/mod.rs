@@ -29,6 +29,7 @@ use super::queue::Ring;
 use super::service::{self, Service};
 use super::worker::{Handler, Poll};
 use super::{Activation, DeviceError, Memory, VirtioDevice, read_config_space};
+use crate::threads::Kind;
 
 const DEVICE: &str = "virtio-blk";
 const QUEUE_SIZES: [u16; 1] = [256];
@@ -71,7 +72,7 @@ impl Block {
         Self {
             config: config(disk.sectors()),
             read_only: disk.read_only(),
-            service: Service::new(DEVICE, disk),
+            service: Service::new(Kind::Block, DEVICE, disk),
         }
     }
 }

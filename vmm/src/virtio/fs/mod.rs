@@ -32,6 +32,7 @@ use self::handler::Requests;
 use self::share::Share;
 use super::service::{self, Service};
 use super::{Activation, DeviceError, VirtioDevice, read_config_space};
+use crate::threads::Kind;
 
 const DEVICE: &str = "virtio-fs";
 /// The priority queue, then one request queue (§5.11.2). A request has up to 256 pages and some headers.
@@ -96,7 +97,7 @@ impl Fs {
             config,
             share,
             open: false,
-            service: Service::new(DEVICE, server),
+            service: Service::new(Kind::Fs, DEVICE, server),
         })
     }
 

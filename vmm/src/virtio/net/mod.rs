@@ -24,6 +24,7 @@ use self::handler::Frames;
 use self::tap::Tap;
 use super::service::{self, Service};
 use super::{Activation, DeviceError, VirtioDevice, read_config_space};
+use crate::threads::Kind;
 
 const DEVICE: &str = "virtio-net";
 /// Receive, then transmit (§5.1.2).
@@ -77,7 +78,7 @@ impl Net {
             mac,
             mtu,
             link: Arc::new(AtomicBool::new(true)),
-            service: Service::new(DEVICE, Tap::new(tap)?),
+            service: Service::new(Kind::Net, DEVICE, Tap::new(tap)?),
         })
     }
 }

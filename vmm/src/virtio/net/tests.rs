@@ -8,6 +8,7 @@ use super::super::testing::{Desc, Driver, Interrupts, activation, memory, readab
 use super::super::worker::Worker;
 use super::tap::{HEADER, MOST};
 use super::*;
+use crate::threads::Kind;
 
 const BUFFER: u64 = 0x1_0000;
 static THREADS: AtomicUsize = AtomicUsize::new(0);
@@ -57,7 +58,8 @@ impl Setup {
             _memory: memory,
         };
         prepare(&setup);
-        setup.worker = Some(Worker::spawn(&setup.thread, frames, start.failure).unwrap());
+        setup.worker =
+            Some(Worker::spawn(Kind::Net, &setup.thread, frames, start.failure).unwrap());
         setup
     }
 

@@ -12,6 +12,7 @@ use super::queue::{Chain, Ring};
 use super::service::{self, Service};
 use super::worker::{Handler, Poll};
 use super::{Activation, DeviceError, Memory, VirtioDevice};
+use crate::threads::Kind;
 
 const DEVICE: &str = "virtio-rng";
 const QUEUE_SIZES: [u16; 1] = [64];
@@ -25,7 +26,7 @@ pub struct Rng(Service<(), Requests>);
 impl Rng {
     /// A device that is not active yet.
     pub fn new() -> Self {
-        Self(Service::new(DEVICE, ()))
+        Self(Service::new(Kind::Rng, DEVICE, ()))
     }
 }
 

@@ -45,6 +45,7 @@ use muxer::Muxer;
 use super::queue::Ring;
 use super::worker::Worker;
 use super::{Activation, DeviceError, VirtioDevice, read_config_space};
+use crate::threads::Kind;
 
 const NAME: &str = "virtio-vsock";
 /// The device ID (virtio 1.2 §5.10.1).
@@ -165,7 +166,8 @@ impl VirtioDevice for Vsock {
             ))
         })?;
         let handler = VsockHandler::new(memory, receive, transmit, again, muxer);
-        let worker = Worker::spawn(NAME, handler, failure).map_err(Self::host_error)?;
+        let worker =
+            Worker::spawn(Kind::Vsock, NAME, handler, failure).map_err(Self::host_error)?;
         self.worker = Some(worker);
         Ok(())
     }
