@@ -158,9 +158,8 @@ async fn has_ids_of_its_own(node: &mut Node, handler: &str) {
         .await;
 
     // One user namespace, and PIDs in it.
-    let numbers = "read a b c; echo $a $b $c";
     for (file, first) in [("uid_map", UIDS), ("gid_map", GIDS)] {
-        let script = format!("id -u; {numbers} </proc/self/{file}");
+        let script = format!("id -u; echo $(cat /proc/self/{file})");
         assert_eq!(
             node.says(&a, &script).await,
             format!("0\n0 {first} {LENGTH}")
@@ -351,7 +350,7 @@ async fn privileged_is_privileged_in_the_pod(node: &Node, pod: &Pod) {
     // What is everybody's stays as it is.
     for script in [
         "echo 1 >/proc/sys/vm/drop_caches",
-        "date -s 2000-01-01",
+        "echo 10 >/proc/sys/kernel/panic",
         "mount -t ext4 /dev/vda /mnt",
     ] {
         fails(node, &c, script).await;

@@ -1,5 +1,8 @@
 //! Kernel parameters of the pod.
 
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::{Context, SandboxError};
@@ -20,13 +23,40 @@ pub fn path(key: &str) -> Option<PathBuf> {
     (key.len() <= 256 && path.components().count() > 1).then_some(path)
 }
 
-/// Writes them all.
+/// Writes them all, in the namespaces of the calling thread.
 pub fn apply(sysctls: &[(PathBuf, String)]) -> Result<(), SandboxError> {
     for (path, value) in sysctls {
-        std::fs::write(Path::new("/proc/sys").join(path), value)
-            .context(|| format!("set sysctl {} to {value:?}", path.display()))?;
+        let file = Path::new("/proc/sys").join(path);
+        write(&file, value).context(|| format!("set sysctl {} to {value:?}", path.display()))?;
     }
     Ok(())
+}
+
+/// Writes as root, or as the file's owner: the parameters of an IPC namespace belong to the root of its user namespace, and
+/// nobody else may change them.
+fn write(file: &Path, value: &str) -> io::Result<()> {
+    match fs::write(file, value) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            act_as(fs::metadata(file)?.uid())?;
+            let written = fs::write(file, value);
+            act_as(0)?;
+            written
+        }
+        other => other,
+    }
+}
+
+/// Changes the effective user of this thread alone; the C library's own call would change that of all.
+fn act_as(user: u32) -> io::Result<()> {
+    const SAME: libc::c_long = -1;
+    // SAFETY: takes numbers only, and changes nothing but the credentials of this thread.
+    let result =
+        unsafe { libc::syscall(libc::SYS_setresuid, SAME, libc::c_long::from(user), SAME) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 #[cfg(test)]
