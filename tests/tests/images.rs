@@ -1,6 +1,7 @@
 //! Images: pulled by the real daemon from a real registry, and what a crash or a full disk leaves of them.
 
 use std::fs;
+use std::io::Write as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -140,19 +141,19 @@ impl Disk {
         self.0.path().join("mounted")
     }
 
-    /// Leaves so much free; less, as a whole block is the least.
+    /// Fills it until so much is free.
     fn leave(&self, kilobytes: u64) -> std::path::PathBuf {
         let ballast = self.path().join("ballast");
-        let free = nix::sys::statvfs::statvfs(&self.path()).unwrap();
-        let free = free.blocks_available() * free.fragment_size();
-        let size = free.saturating_sub(kilobytes << 10);
-        let status = Command::new("fallocate")
-            .arg("-l")
-            .arg(size.to_string())
-            .arg(&ballast)
-            .status();
-        assert!(status.unwrap().success(), "no ballast of {size} bytes");
-        ballast
+        let mut file = fs::File::create(&ballast).unwrap();
+        loop {
+            let free = nix::sys::statvfs::statvfs(&self.path()).unwrap();
+            let free = free.blocks_available() * free.fragment_size();
+            let more = free.saturating_sub(kilobytes << 10).min(1 << 20);
+            // The last block of all may be taken by the file system itself.
+            if more < 4096 || file.write_all(&vec![1; more as usize]).is_err() {
+                return ballast;
+            }
+        }
     }
 }
 

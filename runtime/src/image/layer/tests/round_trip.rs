@@ -76,10 +76,11 @@ fn random_tar(seed: u64) -> Vec<u8> {
     tar.end()
 }
 
-/// What `find`, `stat` and the file itself show of everything below a mount point.
-fn by_the_kernel(
-    root: &std::path::Path,
-) -> BTreeMap<Vec<u8>, (u16, u32, u32, (i64, u32), u32, Vec<u8>)> {
+/// Mode, owner, group, time, links, and content.
+type Shown = (u16, u32, u32, (i64, u32), u32, Vec<u8>);
+
+/// What `stat` and the file itself show of everything below a mount point.
+fn by_the_kernel(root: &std::path::Path) -> BTreeMap<Vec<u8>, Shown> {
     use std::os::unix::ffi::OsStrExt;
     let mut found = BTreeMap::new();
     let mut pending = vec![root.to_owned()];
