@@ -124,7 +124,7 @@ fn write(
     archive.file("index.json", index.to_string().as_bytes())?;
     archive.file("manifest.json", Value::from(docker).to_string().as_bytes())?;
     archive.file("oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#)?;
-    let mut to = archive.tar.into_inner().map_err(|error| failed(error))?;
+    let mut to = archive.tar.into_inner().map_err(failed)?;
     to.flush().map_err(failed)
 }
 

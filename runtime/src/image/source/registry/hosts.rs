@@ -44,6 +44,9 @@ pub(super) struct Host {
     pub dial_timeout: Option<Duration>,
 }
 
+/// A file in PEM.
+type Pem = Vec<u8>;
+
 /// A string, or a list of them.
 #[derive(Deserialize)]
 #[serde(untagged)]
@@ -341,7 +344,7 @@ impl Host {
     }
 
     /// Reads the certificates of authorities, and the client's own with its key, as PEM.
-    pub(super) fn certificates(&self) -> Result<(Vec<Vec<u8>>, Option<Vec<u8>>), ImageError> {
+    pub(super) fn certificates(&self) -> Result<(Vec<Pem>, Option<Pem>), ImageError> {
         let load = |path: &PathBuf| {
             read(path)?.ok_or_else(|| ImageError::Hosts {
                 path: path.clone(),
