@@ -1,27 +1,29 @@
-//! Stats: of each container in a blocking task of its own, so that a slow cgroup holds up its own reading only.
+//! Stats: read by a few blocking workers, so that a slow cgroup holds up its own reading only.
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use caisson_proto::agent::{
     ContainerDetail, ContainerStats, DeviceIo, HugePages, InterfaceStats, Pressure, PressureLine,
     SandboxStats, StatsResponse,
 };
+use tokio::sync::mpsc;
 
 use super::blocking;
-use super::container::Container;
-use super::containers::with_engine;
+use super::container::{Container, lock};
 use super::error::ServiceError;
 use super::pod::Pod;
 use crate::reaper::unix_time_ns;
 use crate::sandbox::namespaces;
 use crate::{engine, paths, warn};
 
-/// How long one container's reading may take before the answer leaves it out.
-const TIMEOUT: Duration = Duration::from_secs(2);
+/// How long all readings may take before the answer leaves out those that are missing.
+const TIMEOUT: Duration = Duration::from_secs(5);
+/// How many containers are read at the same time. One that hangs holds up no other.
+const WORKERS: usize = 4;
 
 /// Reads the resource use of the containers named, or of all; in every detail if that is asked for.
 pub async fn read(
@@ -38,46 +40,65 @@ pub async fn read(
             .map(|id| pod.container(&id))
             .collect::<Result<_, _>>()?
     };
-    let readings = containers
-        .iter()
-        .map(|container| container_stats(container, detail));
-    let readings = futures::future::join_all(readings).await;
     Ok(StatsResponse {
-        containers: readings.into_iter().flatten().collect(),
+        containers: read_all(containers, detail).await,
         sandbox: Some(blocking(sandbox_stats).await?),
     })
 }
 
-/// One container's statistics; `None` if it is going away, or too slow.
-async fn container_stats(container: &Arc<Container>, detail: bool) -> Option<ContainerStats> {
+/// Reads containers by a few workers, so that many containers don't need as many threads. Those that are going away, or
+/// are not read in time, are left out.
+async fn read_all(containers: Vec<Arc<Container>>, detail: bool) -> Vec<ContainerStats> {
+    let count = containers.len();
+    let queue = Arc::new(Mutex::new(containers.into_iter()));
+    let (sender, mut readings) = mpsc::unbounded_channel();
+    for _ in 0..WORKERS.min(count) {
+        let (queue, sender) = (queue.clone(), sender.clone());
+        tokio::task::spawn_blocking(move || {
+            loop {
+                let next = lock(&queue).next();
+                let Some(container) = next else { return };
+                // Nobody listens any more to one that was slow.
+                let _ = sender.send(read_one(&container, detail));
+            }
+        });
+    }
+    drop(sender);
+    let deadline = tokio::time::Instant::now() + TIMEOUT;
+    let mut all = Vec::with_capacity(count);
+    loop {
+        match tokio::time::timeout_at(deadline, readings.recv()).await {
+            Ok(Some(reading)) => all.extend(reading),
+            Ok(None) => return all,
+            Err(_) => {
+                let (read, limit) = (all.len(), TIMEOUT.as_secs());
+                warn!("statistics: {read} of {count} containers were read within {limit} s");
+                return all;
+            }
+        }
+    }
+}
+
+/// One container's statistics; `None` if it is going away, or an earlier reading still hangs.
+fn read_one(container: &Container, detail: bool) -> Option<ContainerStats> {
     // A reading that hangs must not be followed by more of them until no thread is left.
     if container.stats_running.swap(true, Ordering::Relaxed) {
         return None;
     }
-    let (id, running) = (container.id.clone(), container.clone());
-    let reading = with_engine(container, move |engine| {
-        let read = || {
-            let detail = detail.then(|| engine.detail()).transpose()?;
-            Ok((engine.stats()?, detail))
-        };
-        let stats = read();
-        running.stats_running.store(false, Ordering::Relaxed);
-        stats
-    });
-    match tokio::time::timeout(TIMEOUT, reading).await {
-        Ok(Ok((stats, detail))) => Some(ContainerStats {
+    let engine = &container.engine;
+    let read = || {
+        let detail = detail.then(|| engine.detail()).transpose()?;
+        Ok::<_, engine::EngineError>((engine.stats()?, detail))
+    };
+    let reading = read();
+    container.stats_running.store(false, Ordering::Relaxed);
+    match reading {
+        Ok((stats, detail)) => Some(ContainerStats {
             detail: detail.map(detail_message),
-            ..to_message(id, &stats)
+            ..to_message(container.id.clone(), &stats)
         }),
-        Ok(Err(error)) => {
-            warn!("statistics of container {id}: {error}");
-            None
-        }
-        Err(_) => {
-            warn!(
-                "statistics of container {id}: not read within {} s",
-                TIMEOUT.as_secs()
-            );
+        Err(error) => {
+            warn!("statistics of container {}: {error}", container.id);
             None
         }
     }

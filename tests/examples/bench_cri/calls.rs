@@ -123,7 +123,7 @@ fn ms(time: Duration) -> String {
 
 /// Makes each call on each runtime in turn and prints a table; the last columns have the ratio of the 99th
 /// percentiles, and whether the first runtime needed no more than the second.
-pub async fn compare(peers: &[Peer], calls: usize) {
+pub async fn compare(peers: &[Peer], calls: usize, stats_calls: usize) {
     let names = peers
         .iter()
         .map(|peer| format!("{0} p50 | {0} p99 | entries", peer.name));
@@ -132,6 +132,10 @@ pub async fn compare(peers: &[Peer], calls: usize) {
     println!("|---|{}---|---|", "---|".repeat(3 * peers.len()));
     for call in CALLS {
         let mut times: Vec<Times> = peers.iter().map(|_| Times::default()).collect();
+        let calls = match call {
+            Call::ListContainerStats | Call::ListPodSandboxStats => stats_calls,
+            _ => calls,
+        };
         // The first calls warm up both sides.
         let warm = (calls / 20).max(2);
         for turn in 0..warm + calls {

@@ -35,6 +35,9 @@ struct Options {
     /// How often each call is made on each runtime.
     #[arg(long, default_value_t = 200)]
     calls: usize,
+    /// How often each call for statistics is made, which takes far longer.
+    #[arg(long, default_value_t = 20)]
+    stats_calls: usize,
     /// ExecSync calls at the same time.
     #[arg(long, default_value_t = 50)]
     execs: usize,
@@ -66,10 +69,10 @@ async fn main() {
     }
 
     println!(
-        "\n### {} containers in {} pods on each runtime ({} of Caisson's pods in microVMs), {} calls each, in turn\n",
-        options.containers, options.pods, options.microvms, options.calls
+        "\n### {} containers in {} pods on each runtime ({} of Caisson's pods in microVMs), {} calls each, {} of statistics, in turn\n",
+        options.containers, options.pods, options.microvms, options.calls, options.stats_calls
     );
-    calls::compare(&peers, options.calls).await;
+    calls::compare(&peers, options.calls, options.stats_calls).await;
     println!(
         "\n### {} ExecSync calls at the same time, each in another container\n",
         options.execs
