@@ -226,6 +226,41 @@ async fn a_kubelets_empty_dirs_are_in_the_guests_memory_and_on_the_hosts_disk() 
     );
     node.remove(&pod).await;
 
+    // In a pod with IDs of its own it belongs to whom the pod sees as its owner.
+    let map = |host_id| {
+        vec![cri::IdMapping {
+            container_id: 0,
+            host_id,
+            length: 65_536,
+        }]
+    };
+    let namespaces = Some(cri::NamespaceOption {
+        userns_options: Some(cri::UserNamespace {
+            mode: cri::NamespaceMode::Pod.into(),
+            uids: map(65_536),
+            gids: map(131_072),
+        }),
+        ..cri::NamespaceOption::default()
+    });
+    let options = PodOptions {
+        namespaces: namespaces.clone(),
+        ..PodOptions::default()
+    };
+    let pod = node.pod_with("empty-ids", options).await.unwrap();
+    let mapped = cri::Mount {
+        uid_mappings: map(65_536),
+        gid_mappings: map(131_072),
+        ..of_host(&cache.0, "/cache")
+    };
+    let options = ContainerOptions {
+        namespaces,
+        ..with(vec![mapped])
+    };
+    let container = node.run_with(&pod, "c", SLEEP, options).await;
+    let owners = "echo x >/cache/file; stat -c '%a %u %g' /cache; stat -c '%u %g' /cache/file";
+    assert_eq!(node.says(&container, owners).await, "2777 0 2000\n0 2000");
+    node.remove(&pod).await;
+
     // A pod on the host has the host's.
     let options = PodOptions {
         handler: "host".to_owned(),
