@@ -37,7 +37,7 @@ const OWN_GROUP: &str = "agent";
 pub struct Options {
     /// An empty directory, on which the new root is mounted.
     pub root: PathBuf,
-    /// The host's directory for writable layers.
+    /// The host's file with an ext4 file system for writable layers.
     pub scratch: PathBuf,
     /// The host's directory of EROFS layers.
     pub images: PathBuf,
@@ -265,7 +265,7 @@ fn own_program(root: &Path) -> io::Result<()> {
     }
     let place = root.join(PROGRAM.trim_start_matches('/'));
     File::create(&place)?;
-    bind(&program, &place, true)
+    bind_read_only(&program, &place)
 }
 
 /// What the engine needs beside its program.
@@ -316,26 +316,21 @@ fn build_root(options: &Options) -> Result<(), BootError> {
         ),
         || "show /dev in the new root".into(),
     )?;
-    for (source, path, read_only) in [
-        (&options.scratch, paths::SCRATCH, false),
-        (&options.images, IMAGES, true),
-    ] {
-        step(bind(source, &inside(path), read_only), || {
-            format!("show {} in the new root", source.display())
-        })?;
-    }
-    Ok(())
+    let (scratch, images) = (&options.scratch, &options.images);
+    step(
+        engine::mount_scratch(scratch, &inside(paths::SCRATCH)),
+        || format!("mount {} in the new root", scratch.display()),
+    )?;
+    step(bind_read_only(images, &inside(IMAGES)), || {
+        format!("show {} in the new root", images.display())
+    })
 }
 
-fn bind(source: &Path, place: &Path, read_only: bool) -> io::Result<()> {
+fn bind_read_only(source: &Path, place: &Path) -> io::Result<()> {
     let none = None::<&str>;
     mount(Some(source), place, none, MsFlags::MS_BIND, none)?;
-    if read_only {
-        let flags =
-            MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | MsFlags::MS_NOSUID;
-        mount(none, place, none, flags, none)?;
-    }
-    Ok(())
+    let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | MsFlags::MS_NOSUID;
+    Ok(mount(none, place, none, flags, none)?)
 }
 
 #[cfg(test)]

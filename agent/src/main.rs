@@ -18,7 +18,7 @@ use caisson_agent::vsock::{self, GRPC_PORT, Listener, STREAM_PORT};
 use caisson_agent::{boot, engine, error, info};
 use tokio::signal::unix::{SignalKind, signal};
 
-const USAGE: &str = "usage: caisson-agent --listen unix:PATH --stream-listen unix:PATH\n           [--host ROOT --scratch DIR --images DIR [--netns PATH | --new-net] [--new-ipc] [--new-uts]]\n       (or no arguments, as PID 1 of a guest)";
+const USAGE: &str = "usage: caisson-agent --listen unix:PATH --stream-listen unix:PATH\n           [--host ROOT --scratch FILE --images DIR [--netns PATH | --new-net] [--new-ipc] [--new-uts]]\n       (or no arguments, as PID 1 of a guest)";
 
 /// Threads for what blocks: containers being made, and statistics being read.
 const BLOCKING_THREADS: usize = 64;

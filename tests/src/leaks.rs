@@ -21,6 +21,7 @@ impl Traces {
         traces.extend(network());
         traces.extend(names("/run/netns", "netns"));
         traces.extend(cgroups(Path::new("/sys/fs/cgroup")));
+        traces.extend(loop_devices());
         Self(traces)
     }
 
@@ -94,6 +95,19 @@ fn names(dir: &str, kind: &str) -> Vec<String> {
         .into_iter()
         .flatten()
         .filter_map(|e| Some(format!("{kind} {}", e.ok()?.file_name().to_string_lossy())))
+        .collect()
+}
+
+/// Loop devices with a file, by its name.
+fn loop_devices() -> Vec<String> {
+    fs::read_dir("/sys/block")
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| {
+            let path = entry.ok()?.path();
+            let file = fs::read_to_string(path.join("loop/backing_file")).ok()?;
+            Some(format!("loop device of {}", file.trim()))
+        })
         .collect()
 }
 

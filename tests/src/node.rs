@@ -345,6 +345,7 @@ allow_host = {allow_host}
 
 [host]
 agent = "{build}/caisson-agent"
+scratch_gib = 2
 
 [microvm]
 vmm = "{build}/caisson-vmm"

@@ -166,6 +166,27 @@ async fn a_pod_on_the_host_is_a_pod_like_any_other() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn writable_layers_have_a_limit_of_the_pod() {
+    let Some(node) = node().await else { return };
+    let own = of_node(false, false, false);
+    let pod = host_pod(&node, "full", &own).await;
+    let (a, b) = (
+        run(&node, &pod, "a", &own).await,
+        run(&node, &pod, "b", &own).await,
+    );
+    node.says(&a, "fallocate -l 1200M /first").await;
+    for script in ["fallocate -l 1200M /second", "fallocate -l 3000M /third"] {
+        let (code, _, error) = node.exec(&b, script, 60).await.unwrap();
+        assert_ne!(code, 0, "{script}");
+        assert!(error.contains("No space left"), "{error}");
+    }
+    node.says(&a, "rm /first").await;
+    node.says(&b, "fallocate -l 1200M /second").await;
+    node.remove(&pod).await;
+    node.assert_nothing_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn limits_hold_and_a_shared_pid_namespace_is_shared() {
     let Some(node) = node().await else { return };
     let options = PodOptions {

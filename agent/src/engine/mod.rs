@@ -35,7 +35,7 @@ pub use init::init_main;
 pub(crate) use init::sysctl::check as check_sysctl;
 pub use launch::INIT;
 pub use namespaces::make_pod_namespaces;
-pub use rootfs::{Directory, DiskRange, ImageVolume, Layer, MemoryVolume, RootFs};
+pub use rootfs::{Directory, DiskRange, ImageVolume, Layer, MemoryVolume, RootFs, mount_scratch};
 
 /// The container's ends of its standard streams; what is missing is `/dev/null`. Not used by a process with a terminal.
 #[derive(Debug, Default)]

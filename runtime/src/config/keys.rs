@@ -57,6 +57,11 @@ const KEYS: &[(&str, &str, &str)] = &[
         "The caisson-agent program for pods on the host. Empty: beside the caisson executable, then in /usr/lib/caisson.",
     ),
     (
+        "host",
+        "scratch_gib",
+        "The most GiB that a pod's writable layers may hold on the host's disk.",
+    ),
+    (
         "microvm",
         "vmm",
         "The caisson-vmm program. Empty: beside the caisson executable, then in /usr/lib/caisson.",

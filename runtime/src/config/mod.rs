@@ -104,11 +104,13 @@ pub struct MicroVmConfig {
 }
 
 /// How a pod on the host is made.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct HostSettings {
     /// The `caisson-agent` program; empty: searched, see [`Config::agent_path`].
     pub agent: PathBuf,
+    /// The most GiB that all writable layers of a pod may hold on the host's disk.
+    pub scratch_gib: u32,
 }
 
 /// CNI networking.
@@ -210,6 +212,15 @@ impl Default for MicroVmConfig {
             gid: 61000,
             kernel_cmdline_extra: String::new(),
             start_timeout_seconds: 120,
+        }
+    }
+}
+
+impl Default for HostSettings {
+    fn default() -> Self {
+        Self {
+            agent: PathBuf::new(),
+            scratch_gib: 8,
         }
     }
 }
@@ -348,8 +359,13 @@ impl Config {
         if self.microvm.overhead_mib > 65_536 {
             return value("microvm.overhead_mib", "the overhead is at most 65536 MiB");
         }
-        if self.microvm.scratch_gib == 0 || self.microvm.scratch_gib > 65_536 {
-            return value("microvm.scratch_gib", "writable layers get 1 to 65536 GiB");
+        for (key, scratch_gib) in [
+            ("microvm.scratch_gib", self.microvm.scratch_gib),
+            ("host.scratch_gib", self.host.scratch_gib),
+        ] {
+            if !(1..=65_536).contains(&scratch_gib) {
+                return value(key, "writable layers get 1 to 65536 GiB");
+            }
         }
         if !(1..=3600).contains(&self.microvm.start_timeout_seconds) {
             return value(

@@ -68,7 +68,7 @@ pub struct SandboxPlan {
     pub shared_pid_namespace: bool,
     /// Sysctls of the pod, by dotted name.
     pub sysctls: Vec<(String, String)>,
-    /// Where the pod's writable layers go; of a microVM.
+    /// Where the pod's writable layers go.
     pub scratch: Scratch,
     /// What a pod on the host shares with it.
     pub host: HostNamespaces,

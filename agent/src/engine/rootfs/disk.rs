@@ -117,7 +117,12 @@ pub(super) fn device(range: &DiskRange) -> io::Result<Device> {
         let _ = fs::write(queue.join("read_ahead_kb"), READ_AHEAD_KIB);
     }
     if number > LAST_PARTITION {
-        let device = loopdev::attach(&open, range.offset, range.bytes)?;
+        let part = loopdev::Part {
+            offset: range.offset,
+            limit: range.bytes,
+            writable: false,
+        };
+        let device = loopdev::attach(&open, part)?;
         return Ok(Device {
             path: device.path.clone(),
             bytes: range.bytes,

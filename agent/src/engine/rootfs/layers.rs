@@ -170,7 +170,7 @@ fn open_file(image: &Path) -> io::Result<OwnedFd> {
     if !file.metadata()?.is_file() {
         return Err(io::Error::other("it is not a regular file"));
     }
-    mount_device(&loopdev::attach(&file, 0, 0)?.path)
+    mount_device(&loopdev::attach(&file, loopdev::Part::default())?.path)
 }
 
 fn mount_device(device: &Path) -> io::Result<OwnedFd> {

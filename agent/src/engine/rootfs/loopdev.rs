@@ -47,12 +47,22 @@ pub(super) struct LoopDevice {
     _open: File,
 }
 
-/// Makes a read-only loop device of a file or block device, from the byte `offset` on, of at most `limit` bytes; a limit
-/// of 0 is none.
+/// What of a file a loop device shows.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Part {
+    /// The first byte.
+    pub offset: u64,
+    /// The most bytes; 0 is no limit.
+    pub limit: u64,
+    /// Whether it can be written.
+    pub writable: bool,
+}
+
+/// Makes a loop device of a file or block device.
 ///
 /// # Errors
 /// If there is no loop driver, or no node appears for the device.
-pub(super) fn attach(file: &File, offset: u64, limit: u64) -> io::Result<LoopDevice> {
+pub(super) fn attach(file: &File, part: Part) -> io::Result<LoopDevice> {
     let control = OpenOptions::new()
         .read(true)
         .write(true)
@@ -64,14 +74,17 @@ pub(super) fn attach(file: &File, offset: u64, limit: u64) -> io::Result<LoopDev
             return Err(io::Error::last_os_error());
         }
         let path = PathBuf::from(format!("/dev/loop{number}"));
-        let device = open(&path)?;
+        let device = open(&path, part.writable)?;
         // SAFETY: a struct of integers, for which zero means "not used".
         let mut config: Config = unsafe { std::mem::zeroed() };
         config.descriptor = file.as_raw_fd() as u32;
-        config.info.offset = offset;
-        config.info.size_limit = limit;
+        config.info.offset = part.offset;
+        config.info.size_limit = part.limit;
         // Direct where the file can: the pages are cached once, above. The kernel falls back by itself.
-        config.info.flags = LO_FLAGS_READ_ONLY | LO_FLAGS_AUTOCLEAR | LO_FLAGS_DIRECT_IO;
+        config.info.flags = LO_FLAGS_AUTOCLEAR | LO_FLAGS_DIRECT_IO;
+        if !part.writable {
+            config.info.flags |= LO_FLAGS_READ_ONLY;
+        }
         // SAFETY: this request reads one struct loop_config, which Config is laid out as.
         let result = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, &raw const config) };
         if result == 0 {
@@ -89,8 +102,8 @@ pub(super) fn attach(file: &File, offset: u64, limit: u64) -> io::Result<LoopDev
     Err(io::Error::from_raw_os_error(libc::EBUSY))
 }
 
-fn open(path: &PathBuf) -> io::Result<File> {
-    let device = OpenOptions::new().read(true).open(path)?;
+fn open(path: &PathBuf, writable: bool) -> io::Result<File> {
+    let device = OpenOptions::new().read(true).write(writable).open(path)?;
     let metadata = device.metadata()?;
     // The loop driver's major number: nothing else at this path gets the request.
     if !metadata.file_type().is_block_device() || libc::major(metadata.rdev()) != 7 {

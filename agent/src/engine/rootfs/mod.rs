@@ -193,6 +193,27 @@ fn stack(lower: &[&Path], more: &str, target: &Path, flags: MsFlags) -> io::Resu
     Ok(())
 }
 
+/// Mounts an ext4 file system that is in a file, for the writable layers. It goes with its last mount.
+///
+/// # Errors
+/// If the file cannot be written, or holds no such file system.
+pub fn mount_scratch(file: &Path, place: &Path) -> io::Result<()> {
+    let file = fs::File::options().read(true).write(true).open(file)?;
+    let part = loopdev::Part {
+        writable: true,
+        ..loopdev::Part::default()
+    };
+    let device = loopdev::attach(&file, part)?;
+    let flags = MsFlags::MS_NOATIME;
+    Ok(mount(
+        Some(&device.path),
+        place,
+        Some("ext4"),
+        flags,
+        None::<&str>,
+    )?)
+}
+
 /// Takes a mount away; detached if something in the agent still looks at it.
 fn unmount(target: &Path) {
     if umount2(target, MntFlags::UMOUNT_NOFOLLOW).is_err() {

@@ -154,6 +154,10 @@ async fn make(context: &Arc<Context>, pod: &Arc<Pod>) -> Result<(), CriError> {
     let config = &record.config.0;
     let linux = config.linux.clone().unwrap_or_default();
     let (vcpus, memory_mib) = size::machine(config, &context.config.microvm);
+    let scratch = match record.kind {
+        HandlerKind::MicroVm => scratch::of(config, &context.config.microvm, memory_mib)?,
+        HandlerKind::Host => scratch::on_host(config, &context.config.host)?,
+    };
     let plan = SandboxPlan {
         id: pod.id.clone(),
         hostname: hostname(config, &pod.id),
@@ -164,7 +168,7 @@ async fn make(context: &Arc<Context>, pod: &Arc<Pod>) -> Result<(), CriError> {
         network,
         shared_pid_namespace: shares_pid(config),
         sysctls: linux.sysctls.into_iter().collect(),
-        scratch: scratch::of(config, &context.config.microvm, memory_mib)?,
+        scratch,
         host: HostNamespaces {
             network: on_host_network(config),
             ipc: namespaces(config).ipc() == cri::NamespaceMode::Node,

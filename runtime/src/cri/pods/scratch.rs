@@ -6,7 +6,7 @@
 use caisson_proto::cri;
 
 use super::super::CriError;
-use crate::config::{MicroVmConfig, ScratchKind};
+use crate::config::{HostSettings, MicroVmConfig, ScratchKind};
 use crate::sandbox::Scratch;
 
 /// A pod's annotation that says how much its containers may write to their root file systems together, as Kubernetes
@@ -29,8 +29,7 @@ pub fn of(
     defaults: &MicroVmConfig,
     memory_mib: u32,
 ) -> Result<Scratch, CriError> {
-    let annotation = |name: &str| config.annotations.get(name).map(String::as_str);
-    let kind = match annotation(KIND_ANNOTATION) {
+    let kind = match annotation(config, KIND_ANNOTATION) {
         None => defaults.scratch,
         Some("disk") => ScratchKind::Disk,
         Some("memory") => ScratchKind::Memory,
@@ -40,29 +39,48 @@ pub fn of(
             )));
         }
     };
-    let most = u64::from(defaults.scratch_gib) * GIB;
-    let asked = annotation(SIZE_ANNOTATION)
-        .map(|text| {
-            quantity(text)
-                .filter(|bytes| (LEAST..=most).contains(bytes))
-                .ok_or_else(|| {
-                    CriError::invalid(format!(
-                        "the annotation {SIZE_ANNOTATION} is {text}; it must be a quantity from 16Mi to {}Gi, which is microvm.scratch_gib of the configuration",
-                        defaults.scratch_gib
-                    ))
-                })
-        })
-        .transpose()?;
-    let bytes = asked.unwrap_or(most);
+    let (bytes, usual) = size(config, defaults.scratch_gib, "microvm.scratch_gib")?;
     Ok(match kind {
-        ScratchKind::Disk => Scratch::Disk {
-            bytes,
-            usual: asked.is_none(),
-        },
+        ScratchKind::Disk => Scratch::Disk { bytes, usual },
         // What is written there is missing elsewhere: half of the memory, as any tmpfs has it.
         ScratchKind::Memory => Scratch::Memory {
             bytes: bytes.min(u64::from(memory_mib) * MIB / 2),
         },
+    })
+}
+
+/// The scratch space of a pod on the host, which is always on disk.
+///
+/// # Errors
+/// INVALID_ARGUMENT for an annotation that cannot be honoured.
+pub fn on_host(
+    config: &cri::PodSandboxConfig,
+    settings: &HostSettings,
+) -> Result<Scratch, CriError> {
+    if let Some(other) = annotation(config, KIND_ANNOTATION).filter(|kind| *kind != "disk") {
+        return Err(CriError::invalid(format!(
+            "the annotation {KIND_ANNOTATION} is {other} and must be disk for a pod on the host"
+        )));
+    }
+    let (bytes, usual) = size(config, settings.scratch_gib, "host.scratch_gib")?;
+    Ok(Scratch::Disk { bytes, usual })
+}
+
+fn annotation<'a>(config: &'a cri::PodSandboxConfig, name: &str) -> Option<&'a str> {
+    config.annotations.get(name).map(String::as_str)
+}
+
+/// The bytes that a pod asks for, or what the configuration's `key` says; whether it is that.
+fn size(config: &cri::PodSandboxConfig, gib: u32, key: &str) -> Result<(u64, bool), CriError> {
+    let most = u64::from(gib) * GIB;
+    let Some(text) = annotation(config, SIZE_ANNOTATION) else {
+        return Ok((most, true));
+    };
+    let bytes = quantity(text).filter(|bytes| (LEAST..=most).contains(bytes));
+    bytes.map(|bytes| (bytes, false)).ok_or_else(|| {
+        CriError::invalid(format!(
+            "the annotation {SIZE_ANNOTATION} is {text}; it must be a quantity from 16Mi to {gib}Gi, which is {key} of the configuration"
+        ))
     })
 }
 
@@ -131,6 +149,21 @@ mod tests {
                 "{kind:?} {size:?}"
             );
         }
+    }
+
+    #[test]
+    fn a_pod_on_the_host_writes_to_its_disk() {
+        let on_host = |name: &str, value: &str| {
+            let mut config = cri::PodSandboxConfig::default();
+            config.annotations.insert(name.into(), value.into());
+            on_host(&config, &HostSettings::default())
+        };
+        let disk = |bytes, usual| Scratch::Disk { bytes, usual };
+        assert_eq!(on_host("other", "x").unwrap(), disk(8 * GIB, true));
+        assert_eq!(on_host(SIZE_ANNOTATION, "1Gi").unwrap(), disk(GIB, false));
+        let error = on_host(SIZE_ANNOTATION, "9Gi").unwrap_err();
+        assert!(error.message.contains("host.scratch_gib"), "{error}");
+        assert!(on_host(KIND_ANNOTATION, "memory").is_err());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! What a pod has on the host, all of it found again by a daemon that comes later ([`Host::recover`]):
 //!
 //! * `<state>/pods/<short id>/`: control socket, the agent's sockets and log, exit file, process ID ([`PodDir`]);
-//! * `<data>/pods/<short id>/scratch/`: its writable layers;
+//! * `<data>/pods/<short id>/scratch.img`: the disk of its writable layers, which the agent mounts for itself;
 //! * a cgroup with the pod process, the agent and the containers ([`cgroup`]).
 //!
 //! Mounts and namespaces are the agent's own, and go with it.

@@ -19,8 +19,8 @@ use super::{Host, HostConfig};
 use crate::sandbox::pod::cgroup::{self, Groups};
 use crate::sandbox::pod::control::{self, Control};
 use crate::sandbox::pod::dir::PodDir;
-use crate::sandbox::pod::{Fds, process};
-use crate::sandbox::{Sandbox, SandboxError, SandboxPlan, agent, take_back};
+use crate::sandbox::pod::{Fds, process, scratch};
+use crate::sandbox::{Sandbox, SandboxError, SandboxPlan, Scratch, agent, take_back};
 use crate::timings::Timings;
 
 /// How long the agent may take until it listens.
@@ -72,9 +72,16 @@ async fn spawn(plan: &SandboxPlan, config: &HostConfig, dir: &PodDir) -> io::Res
     let arguments = arguments(plan, config, dir);
     let (config, dir) = (config.clone(), dir.clone());
     let (id, parent) = (plan.id.clone(), plan.cgroup_parent.clone());
+    dir.create()?;
+    let Scratch::Disk { bytes, usual } = plan.scratch else {
+        return Err(io::Error::other(
+            "a pod on the host has its writable layers on disk",
+        ));
+    };
+    let template = usual.then(|| config.pod.data_dir.clone());
+    scratch::create(template, dir.scratch(), bytes).await?;
     tokio::task::spawn_blocking(move || {
-        dir.create()?;
-        for path in [dir.agent(), dir.agent_root(), dir.layers()] {
+        for path in [dir.agent(), dir.agent_root()] {
             DirBuilder::new().recursive(true).mode(0o700).create(path)?;
         }
         let groups = cgroup::create(&dir, &config.pod, &parent)?;
@@ -99,7 +106,7 @@ fn arguments(plan: &SandboxPlan, config: &HostConfig, dir: &PodDir) -> Vec<OsStr
         "--host".into(),
         dir.agent_root().into(),
         "--scratch".into(),
-        dir.layers().into(),
+        dir.scratch().into(),
         "--images".into(),
         config.layers.clone().into(),
     ];

@@ -3,11 +3,10 @@
 //! What a pod has on the host, all of it found again by a daemon that comes later ([`MicroVm::recover`]):
 //!
 //! * `<state>/pods/<short id>/`: control and vsock sockets, console log, exit file, process ID, share ([`PodDir`]);
-//! * `<data>/pods/<short id>/scratch.img`: the disk of its writable layers ([`scratch`]);
+//! * `<data>/pods/<short id>/scratch.img`: the disk of its writable layers;
 //! * a cgroup with the pod process ([`cgroup`]).
 
 mod namespace;
-mod scratch;
 mod share;
 mod start;
 mod tree;

@@ -15,11 +15,11 @@ use caisson_vmm_protocol::{
 };
 
 use super::share::{GUEST_PATH, Share};
-use super::{LAYERS_SERIAL, MicroVm, MicroVmConfig, PROCESS_MIB, scratch};
+use super::{LAYERS_SERIAL, MicroVm, MicroVmConfig, PROCESS_MIB};
 use crate::network::PodNetwork;
 use crate::sandbox::pod::control::{self, Control};
 use crate::sandbox::pod::dir::PodDir;
-use crate::sandbox::pod::{Fds, cgroup, process};
+use crate::sandbox::pod::{Fds, cgroup, process, scratch};
 use crate::sandbox::{Sandbox, SandboxError, SandboxPlan, Scratch, agent, take_back};
 use crate::timings::Timings;
 

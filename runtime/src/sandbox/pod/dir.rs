@@ -132,11 +132,6 @@ impl PodDir {
         self.data.join("scratch.img")
     }
 
-    /// The directory of the writable layers of a pod that runs on the host.
-    pub fn layers(&self) -> PathBuf {
-        self.data.join("scratch")
-    }
-
     /// The name by which this pod's cgroup is known.
     pub fn name(&self) -> String {
         let name = self.state.file_name().unwrap_or_default();

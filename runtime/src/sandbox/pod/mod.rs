@@ -5,6 +5,7 @@ pub mod cgroup;
 pub mod control;
 pub mod dir;
 pub mod process;
+pub mod scratch;
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
