@@ -327,15 +327,8 @@ pub fn install(kind: Kind) -> Result<(), seccompiler::Error> {
     apply_filter(&program(kind)?)
 }
 
+/// The numbers of the calls that a kind may make in some form.
 #[cfg(test)]
-pub use tests_support::allowed;
-
-#[cfg(test)]
-mod tests_support {
-    use super::{Kind, rules};
-
-    /// The numbers of the calls that a kind may make in some form.
-    pub fn allowed(kind: Kind) -> Vec<i64> {
-        rules(kind).unwrap().into_keys().collect()
-    }
+pub fn allowed(kind: Kind) -> Vec<c_long> {
+    rules(kind).unwrap().into_keys().collect()
 }
