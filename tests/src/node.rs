@@ -72,6 +72,15 @@ impl Node {
         Self::start_with(NodeOptions::default()).await
     }
 
+    /// A node that has pods on the host, too.
+    pub async fn start_allowing_host() -> Option<Self> {
+        let options = NodeOptions {
+            allow_host: true,
+            ..NodeOptions::default()
+        };
+        Self::start_with(options).await
+    }
+
     /// A node with options.
     pub async fn start_with(options: NodeOptions) -> Option<Self> {
         let probe = Command::new(build().join("caisson-vmm"))

@@ -7,9 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use caisson_proto::cri;
-use caisson_tests::{
-    Container, ContainerOptions, Line, Node, NodeOptions, Pod, PodOptions, read_log,
-};
+use caisson_tests::{Container, ContainerOptions, Line, Node, Pod, PodOptions, read_log};
 use cri::{MountPropagation, NamespaceMode};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
@@ -17,14 +15,6 @@ use nix::unistd::Pid;
 use tonic::Code;
 
 const SLEEP: &str = "trap 'exit 0' TERM; sleep 100000 & wait";
-
-async fn node() -> Option<Node> {
-    let options = NodeOptions {
-        allow_host: true,
-        ..NodeOptions::default()
-    };
-    Node::start_with(options).await
-}
 
 /// Namespaces that are the node's as named.
 fn of_node(network: bool, pid: bool, ipc: bool) -> cri::NamespaceOption {
@@ -78,7 +68,9 @@ async fn namespace_of(node: &Node, container: &Container, kind: &str) -> String 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pod_on_the_host_is_a_pod_like_any_other() {
-    let Some(node) = node().await else { return };
+    let Some(node) = Node::start_allowing_host().await else {
+        return;
+    };
     let own = of_node(false, false, false);
     let pod = host_pod(&node, "plain", &own).await;
     let container = run(&node, &pod, "c", &own).await;
@@ -167,7 +159,9 @@ async fn a_pod_on_the_host_is_a_pod_like_any_other() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn writable_layers_have_a_limit_of_the_pod() {
-    let Some(node) = node().await else { return };
+    let Some(node) = Node::start_allowing_host().await else {
+        return;
+    };
     let own = of_node(false, false, false);
     let pod = host_pod(&node, "full", &own).await;
     let (a, b) = (
@@ -188,7 +182,9 @@ async fn writable_layers_have_a_limit_of_the_pod() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn limits_hold_and_a_shared_pid_namespace_is_shared() {
-    let Some(node) = node().await else { return };
+    let Some(node) = Node::start_allowing_host().await else {
+        return;
+    };
     let options = PodOptions {
         handler: "host".into(),
         share_pids: true,
@@ -222,7 +218,9 @@ async fn limits_hold_and_a_shared_pid_namespace_is_shared() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_nodes_namespaces_are_shared_on_request() {
-    let Some(node) = node().await else { return };
+    let Some(node) = Node::start_allowing_host().await else {
+        return;
+    };
     let all = of_node(true, true, true);
     let pod = host_pod(&node, "agent", &all).await;
     let container = run(&node, &pod, "c", &all).await;
@@ -291,7 +289,9 @@ async fn the_nodes_namespaces_are_shared_on_request() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_daemon_costs_no_byte_and_no_exit_code() {
-    let Some(mut node) = node().await else { return };
+    let Some(mut node) = Node::start_allowing_host().await else {
+        return;
+    };
     let own = of_node(false, false, false);
     let pod = host_pod(&node, "lasting", &own).await;
     const LINES: usize = 3000;
@@ -320,7 +320,9 @@ async fn a_killed_daemon_costs_no_byte_and_no_exit_code() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pod_ends_with_its_agent_or_its_pod_process() {
-    let Some(mut node) = node().await else { return };
+    let Some(mut node) = Node::start_allowing_host().await else {
+        return;
+    };
     let all = of_node(true, true, true);
     for (round, victim) in ["caisson-agent", "caisson-vmm", "caisson-agent"]
         .iter()
@@ -384,7 +386,9 @@ fn bind(host: &Path, container: &str, propagation: MountPropagation) -> cri::Mou
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_vm_refuses_works_on_the_host() {
-    let Some(node) = node().await else { return };
+    let Some(node) = Node::start_allowing_host().await else {
+        return;
+    };
     let own = of_node(false, false, false);
     let pod = host_pod(&node, "files", &own).await;
     let shared = node.dir().join("shared");
@@ -507,7 +511,9 @@ async fn apparmor_profiles_hold_on_the_host() {
         eprintln!("skipped: needs AppArmor and apparmor_parser");
         return;
     }
-    let Some(node) = node().await else { return };
+    let Some(node) = Node::start_allowing_host().await else {
+        return;
+    };
     load_profile(
         "profile caisson-test flags=(attach_disconnected) { file, deny /denied/** w, capability, network, signal, }",
     );
@@ -584,7 +590,7 @@ async fn pods_on_the_host_are_refused_until_they_are_allowed() {
     );
     drop(node);
 
-    let Some(node) = self::node().await else {
+    let Some(node) = self::Node::start_allowing_host().await else {
         return;
     };
     assert_eq!(handlers(&node).await, ["", "host", "microvm"]);
@@ -622,7 +628,9 @@ async fn handlers(node: &Node) -> Vec<String> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_start_that_fails_is_taken_back() {
-    let Some(node) = node().await else { return };
+    let Some(node) = Node::start_allowing_host().await else {
+        return;
+    };
     // The agent's program is not a program.
     let broken = node.dir().join("broken-agent");
     fs::write(&broken, "").unwrap();

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use caisson_tests::{Container, ContainerOptions, ImageMaker, Node, NodeOptions, Pod, PodOptions};
+use caisson_tests::{Container, ContainerOptions, ImageMaker, Node, Pod, PodOptions};
 use sha2::{Digest, Sha256};
 
 const SLEEP: &str = "exec sleep 100000";
@@ -96,11 +96,7 @@ async fn three_images_of_127_layers_and_sixty_containers_are_one_pod() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_pods_of_an_image_have_its_content_and_their_own_changes() {
-    let options = NodeOptions {
-        allow_host: true,
-        ..NodeOptions::default()
-    };
-    let Some(node) = Node::start_with(options).await else {
+    let Some(node) = Node::start_allowing_host().await else {
         return;
     };
     // Not a whole number of blocks, and more than one request.

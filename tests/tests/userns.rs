@@ -10,9 +10,7 @@ use caisson_proto::cri;
 use caisson_streaming::client::dial;
 use caisson_streaming::spdy::Headers;
 use caisson_tests::streaming::all;
-use caisson_tests::{
-    Container, ContainerOptions, IMAGE, Node, NodeOptions, Pod, PodOptions, read_log,
-};
+use caisson_tests::{Container, ContainerOptions, IMAGE, Node, Pod, PodOptions, read_log};
 use cri::NamespaceMode;
 use tonic::Code;
 
@@ -21,14 +19,6 @@ const SLEEP: &str = "trap 'exit 0' TERM; sleep 100000 & wait";
 const UIDS: u32 = 65_536;
 const GIDS: u32 = 131_072;
 const LENGTH: u32 = 65_536;
-
-async fn node() -> Option<Node> {
-    let options = NodeOptions {
-        allow_host: true,
-        ..NodeOptions::default()
-    };
-    Node::start_with(options).await
-}
 
 fn mapping(container_id: u32, host_id: u32, length: u32) -> cri::IdMapping {
     cri::IdMapping {
@@ -106,13 +96,17 @@ async fn fails(node: &Node, container: &Container, script: &str) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn root_of_a_pod_is_nobody_on_the_node_in_a_microvm() {
-    let Some(mut node) = node().await else { return };
+    let Some(mut node) = Node::start_allowing_host().await else {
+        return;
+    };
     has_ids_of_its_own(&mut node, "microvm").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn root_of_a_pod_is_nobody_on_the_node_on_the_host() {
-    let Some(mut node) = node().await else { return };
+    let Some(mut node) = Node::start_allowing_host().await else {
+        return;
+    };
     has_ids_of_its_own(&mut node, "host").await;
 }
 
@@ -359,7 +353,9 @@ async fn privileged_is_privileged_in_the_pod(node: &Node, pod: &Pod) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_no_user_namespace_of_a_pod_is_refused() {
-    let Some(node) = node().await else { return };
+    let Some(node) = Node::start_allowing_host().await else {
+        return;
+    };
     let status = node
         .runtime
         .clone()

@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use caisson_proto::cri;
-use caisson_tests::{Container, ContainerOptions, IMAGE, Node, NodeOptions, PodOptions, Traces};
+use caisson_tests::{Container, ContainerOptions, IMAGE, Node, PodOptions, Traces};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use sha2::{Digest, Sha256};
 use tonic::Code;
@@ -142,11 +142,7 @@ fn read_only(mount: cri::Mount) -> cri::Mount {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_kubelets_empty_dirs_are_in_the_guests_memory_and_on_the_hosts_disk() {
-    let options = NodeOptions {
-        allow_host: true,
-        ..NodeOptions::default()
-    };
-    let Some(mut node) = Node::start_with(options).await else {
+    let Some(mut node) = Node::start_allowing_host().await else {
         return;
     };
     // As the kubelet makes them: a tmpfs of the size asked for, the group of fsGroup, a directory and a mount for a subPath.
@@ -425,11 +421,7 @@ fn of_image(image: &str, sub_path: &str, container: &str) -> cri::Mount {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn images_are_volumes() {
-    let options = NodeOptions {
-        allow_host: true,
-        ..NodeOptions::default()
-    };
-    let Some(node) = Node::start_with(options).await else {
+    let Some(node) = Node::start_allowing_host().await else {
         return;
     };
     let archive = data_archive(&node);
