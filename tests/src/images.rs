@@ -1,16 +1,15 @@
 //! A daemon that only has images, and a real registry for it: no KVM is needed.
 
 use std::fs;
-use std::io::Write as _;
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
 
 use crate::node::build;
+use crate::sha256;
 
 /// How long anything may take that is waited for.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -361,12 +360,4 @@ fn run(command: &mut Command) -> Output {
     let output = command.output().expect("a program runs");
     assert!(output.status.success(), "{command:?}: {output:?}");
     output
-}
-
-fn sha256(bytes: &[u8]) -> String {
-    let mut text = Vec::new();
-    for byte in Sha256::digest(bytes) {
-        write!(text, "{byte:02x}").expect("memory takes it");
-    }
-    String::from_utf8(text).expect("digits")
 }

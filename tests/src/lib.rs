@@ -13,6 +13,8 @@ mod node;
 mod pods;
 pub mod streaming;
 
+use sha2::{Digest as _, Sha256};
+
 pub use images::{ImageNode, Pushed, Registry};
 pub use leaks::Traces;
 pub use logs::{Line, read_log};
@@ -22,3 +24,9 @@ pub use pods::{Container, ContainerOptions, Pod, PodOptions};
 
 /// The name of the image that every node has.
 pub const IMAGE: &str = "docker.io/library/busybox:test";
+
+/// The SHA-256 digest of some bytes, in hexadecimal.
+pub fn sha256(bytes: &[u8]) -> String {
+    let digest = Sha256::digest(bytes);
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}

@@ -6,9 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 
-use crate::Node;
+use crate::{Node, sha256};
 
 /// An image in the making: an OCI layout whose layers are plain tar archives.
 #[derive(Debug)]
@@ -74,10 +73,7 @@ impl ImageMaker {
     }
 
     fn blob(&self, bytes: &[u8], media_type: &str) -> Value {
-        let digest: String = Sha256::digest(bytes)
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
+        let digest = sha256(bytes);
         fs::write(self.layout().join("blobs/sha256").join(&digest), bytes).expect("a blob");
         json!({"mediaType": media_type, "digest": format!("sha256:{digest}"), "size": bytes.len()})
     }

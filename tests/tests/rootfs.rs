@@ -4,8 +4,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use caisson_tests::{Container, ContainerOptions, ImageMaker, Node, Pod, PodOptions};
-use sha2::{Digest, Sha256};
+use caisson_tests::{Container, ContainerOptions, ImageMaker, Node, Pod, PodOptions, sha256};
 
 const SLEEP: &str = "exec sleep 100000";
 const NAME: &str = "docker.io/library/layers:test";
@@ -36,11 +35,6 @@ fn noise(count: usize) -> Vec<u8> {
     }
     bytes.truncate(count);
     bytes
-}
-
-fn sha256(bytes: &[u8]) -> String {
-    let digest = Sha256::digest(bytes);
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn layer_files(node: &Node) -> Vec<PathBuf> {

@@ -7,9 +7,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use caisson_proto::cri;
-use caisson_tests::{Container, ContainerOptions, IMAGE, Node, PodOptions, Traces};
+use caisson_tests::{Container, ContainerOptions, IMAGE, Node, PodOptions, Traces, sha256};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use sha2::{Digest, Sha256};
 use tonic::Code;
 
 /// An image of two layers, which have only data.
@@ -389,9 +388,7 @@ fn data_archive(node: &Node) -> PathBuf {
     let ids = ["1", "2"].map(|layer| {
         tar(&format!("archive/{layer}.tar"), layer);
         let bytes = fs::read(dir.join(format!("archive/{layer}.tar"))).unwrap();
-        let digest = Sha256::digest(bytes);
-        let hex: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
-        format!("sha256:{hex}")
+        format!("sha256:{}", sha256(&bytes))
     });
     let config = serde_json::json!({
         "architecture": "amd64", "os": "linux", "config": {},
