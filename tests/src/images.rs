@@ -286,14 +286,12 @@ impl ImageNode {
         let mut ids: Vec<&str> = listed.lines().collect();
         ids.sort_unstable();
         ids.dedup();
-        let (mut layers, mut blobs) = (Vec::new(), 0);
+        let mut layers = Vec::new();
         let archive = self.state.path().join("saved.tar");
         for id in &ids {
             let image = known.iter().find(|image| image.id == *id);
             let image = image.unwrap_or_else(|| panic!("{id} was never made"));
             self.must(&["save", "-o", &archive.to_string_lossy(), id]);
-            // The manifest and the configuration.
-            blobs += 2;
             for (layer, tree) in &image.layers {
                 let path = self.store().join(format!("layers/{layer}.erofs"));
                 assert_same_tree(&path, tree);
@@ -306,9 +304,37 @@ impl ImageNode {
         let mut found = names(&self.store().join("layers"));
         found.sort();
         assert_eq!(found, layers, "{}", self.log());
-        assert_eq!(names(&self.store().join("blobs/sha256")).len(), blobs);
+        self.assert_blobs(&ids);
         assert_eq!(names(&self.store().join("tmp")), [""; 0]);
         ids.len()
+    }
+
+    /// Asserts that the blobs are what they are named after, and of the images: the configuration of each, and at least one
+    /// manifest (an image that was pulled and loaded has one of the registry and one of the archive).
+    fn assert_blobs(&self, ids: &[&str]) {
+        let (mut configs, mut described) = (Vec::new(), Vec::new());
+        let directory = self.store().join("blobs/sha256");
+        for name in names(&directory) {
+            let bytes = fs::read(directory.join(&name)).expect("a blob");
+            assert_eq!(sha256(&bytes), name);
+            let id = format!("sha256:{name}");
+            if ids.contains(&id.as_str()) {
+                configs.push(id);
+                continue;
+            }
+            let manifest: serde_json::Value = serde_json::from_slice(&bytes).expect("a manifest");
+            described.push(
+                manifest["config"]["digest"]
+                    .as_str()
+                    .expect("a digest")
+                    .to_owned(),
+            );
+        }
+        configs.sort();
+        described.sort();
+        described.dedup();
+        assert_eq!(configs, ids, "{}", self.log());
+        assert_eq!(described, ids, "{}", self.log());
     }
 }
 
