@@ -11,6 +11,7 @@ pub mod cri;
 pub mod daemon;
 pub mod doctor;
 pub mod image;
+pub mod mounts;
 pub mod network;
 pub mod sandbox;
 pub mod session;

@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 
 use caisson_proto::agent;
 
+use crate::mounts::{self, Mount};
 use crate::sandbox::ids::{IdRange, UserIds};
-use crate::sandbox::pod::dir;
 
 /// The directory of a pod's emptyDir volumes, in its directory `volumes`.
 const PLUGIN: &str = "kubernetes.io~empty-dir";
@@ -53,14 +53,11 @@ pub async fn find(
     ids: Option<UserIds>,
 ) -> Result<Option<agent::MemoryVolume>, MemoryVolumeError> {
     let path = path.to_owned();
-    let found = tokio::task::spawn_blocking(move || {
-        let mountinfo = std::fs::read_to_string("/proc/self/mountinfo")?;
-        match classify(&mountinfo, &path) {
-            None => Ok(None),
-            Some(Found::HugePages) => Err(MemoryVolumeError::HugePages),
-            Some(Found::Memory { volume, sub_path }) => {
-                Ok(Some(describe(&volume, sub_path, &path, ids)?))
-            }
+    let found = tokio::task::spawn_blocking(move || match classify(&mounts::table()?, &path) {
+        None => Ok(None),
+        Some(Found::HugePages) => Err(MemoryVolumeError::HugePages),
+        Some(Found::Memory { volume, sub_path }) => {
+            Ok(Some(describe(&volume, sub_path, &path, ids)?))
         }
     });
     found.await.map_err(io::Error::other)?
@@ -71,37 +68,21 @@ pub fn place(container_id: &str, number: usize) -> String {
     format!("{AGENT_PATH}/{container_id}/m{number}")
 }
 
-/// A line of /proc/self/mountinfo (proc(5)).
-struct Mount<'a> {
-    device: &'a str,
-    root: String,
-    point: PathBuf,
-    kind: &'a str,
-}
-
-fn parse(line: &str) -> Option<Mount<'_>> {
-    let mut fields = line.split(' ').skip(2);
-    let (device, root, point) = (fields.next()?, fields.next()?, fields.next()?);
-    Some(Mount {
-        device,
-        root: dir::unescape(root),
-        point: dir::unescape(point).into(),
-        kind: fields.skip_while(|field| *field != "-").nth(1)?,
-    })
-}
-
-fn classify(mountinfo: &str, path: &Path) -> Option<Found> {
-    let mounts: Vec<_> = mountinfo.lines().filter_map(parse).collect();
+fn classify(mounts: &[Mount], path: &Path) -> Option<Found> {
     // The last one on the path covers the others.
     let top = mounts.iter().rev().find(|mount| mount.point == path)?;
     let volume = mounts.iter().find(|mount| {
-        mount.device == top.device && mount.root == "/" && is_empty_dir(&mount.point)
+        mount.device == top.device && mount.root == Path::new("/") && is_empty_dir(&mount.point)
     })?;
-    match top.kind {
+    match top.kind.as_str() {
         "hugetlbfs" => Some(Found::HugePages),
         "tmpfs" => Some(Found::Memory {
             volume: volume.point.clone(),
-            sub_path: top.root.trim_start_matches('/').to_owned(),
+            sub_path: top
+                .root
+                .to_string_lossy()
+                .trim_start_matches('/')
+                .to_owned(),
         }),
         _ => None,
     }
@@ -174,7 +155,7 @@ mod tests {
 
     #[test]
     fn only_the_kubelets_own_tmpfs_is_one() {
-        let mountinfo = format!(
+        let mounts = mounts::parse(&format!(
             "22 1 8:1 / / rw shared:1 - ext4 /dev/sda1 rw\n\
              23 22 0:5 / {POD}/volumes/kubernetes.io~empty-dir/cache rw shared:2 - tmpfs tmpfs rw,size=16384k\n\
              24 22 0:6 / {POD}/volumes/kubernetes.io~secret/s rw shared:3 - tmpfs tmpfs rw\n\
@@ -183,8 +164,8 @@ mod tests {
              27 22 0:7 /x {POD}/volume-subpaths/host/c/0 rw shared:4 - tmpfs tmpfs rw\n\
              28 22 0:8 / {POD}/volumes/kubernetes.io~empty-dir/huge rw - hugetlbfs nodev rw\n\
              29 22 8:2 / {POD}/volumes/kubernetes.io~empty-dir/disk rw - ext4 /dev/sda2 rw\n"
-        );
-        let of = |path: &str| classify(&mountinfo, Path::new(&format!("{POD}/{path}")));
+        ));
+        let of = |path: &str| classify(&mounts, Path::new(&format!("{POD}/{path}")));
         let memory = |sub_path: &str| {
             Some(Found::Memory {
                 volume: format!("{POD}/volumes/kubernetes.io~empty-dir/cache").into(),
@@ -206,6 +187,6 @@ mod tests {
         ] {
             assert_eq!(of(other), None, "{other}");
         }
-        assert_eq!(classify(&mountinfo, Path::new("/run")), None);
+        assert_eq!(classify(&mounts, Path::new("/run")), None);
     }
 }

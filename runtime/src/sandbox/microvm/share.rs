@@ -14,7 +14,8 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::namespace;
 use super::tree::Tree;
-use crate::sandbox::pod::dir::{PodDir, mount_points};
+use crate::mounts;
+use crate::sandbox::pod::dir::PodDir;
 use crate::sandbox::{SandboxError, SharedVolume, VolumeOptions};
 
 /// Where the guest mounts the share.
@@ -156,9 +157,7 @@ impl Share {
 
 /// Whether something is mounted below a path, not on it.
 fn has_mounts_below(path: &Path) -> io::Result<bool> {
-    Ok(mount_points()?
-        .iter()
-        .any(|point| point.starts_with(path) && point != path))
+    Ok(mounts::below(path)?.any(|mount| mount.point != path))
 }
 
 /// Unmounts what is mounted there, with all below it; nothing there is no error.

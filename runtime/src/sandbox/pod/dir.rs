@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use caisson_vmm_protocol::{AGENT_SOCKET, STREAM_SOCKET};
 
 use super::{PodConfig, SandboxError};
+use crate::mounts;
 
 /// How much of an ID names the pod's directory: enough to be unique, short enough for a socket's path.
 const SHORT_ID: usize = 24;
@@ -153,10 +154,10 @@ impl PodDir {
         let dir = self.clone();
         tokio::task::spawn_blocking(move || {
             for path in [&dir.state, &dir.data] {
-                if let Some(mount) = mounted_below(path)? {
+                if let Some(mount) = mounts::below(path)?.next() {
                     return Err(io::Error::other(format!(
                         "{} is still mounted; unmount it",
-                        mount.display()
+                        mount.point.display()
                     )));
                 }
                 match fs::remove_dir_all(path) {
@@ -177,39 +178,6 @@ fn tail(path: &Path) -> io::Result<String> {
     let mut bytes = Vec::new();
     file.take(TAIL).read_to_end(&mut bytes)?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
-}
-
-/// A mount point at or below `path`, if there is one.
-pub fn mounted_below(path: &Path) -> io::Result<Option<PathBuf>> {
-    Ok(mount_points()?
-        .into_iter()
-        .find(|mount| mount.starts_with(path)))
-}
-
-/// All mount points of the host.
-pub fn mount_points() -> io::Result<Vec<PathBuf>> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
-    Ok(mounts
-        .lines()
-        .filter_map(|line| line.split(' ').nth(4))
-        .map(|field| PathBuf::from(unescape(field)))
-        .collect())
-}
-
-/// Undoes the octal escapes of /proc/self/mountinfo (proc(5)).
-pub fn unescape(field: &str) -> String {
-    let mut out = Vec::with_capacity(field.len());
-    let bytes = field.as_bytes();
-    let mut i = 0;
-    while let Some(&byte) = bytes.get(i) {
-        let code = (byte == b'\\')
-            .then(|| field.get(i + 1..i + 4))
-            .flatten()
-            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
-        out.push(code.unwrap_or(byte));
-        i += if code.is_some() { 4 } else { 1 };
-    }
-    String::from_utf8_lossy(&out).into_owned()
 }
 
 #[cfg(test)]
@@ -247,11 +215,5 @@ mod tests {
         let long = temp.path().join("l".repeat(90));
         let error = PodDir::new(&"a1".repeat(32), &config(&long)).unwrap_err();
         assert!(error.to_string().contains("shorter state_dir"), "{error}");
-    }
-
-    #[test]
-    fn mountinfo_escapes_are_undone() {
-        assert_eq!(unescape(r"/a\040b\134c"), r"/a b\c");
-        assert_eq!(unescape(r"/a\9"), r"/a\9");
     }
 }

@@ -7,7 +7,6 @@ use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, Pid, chdir, fork, pause, pivot_root};
 
 use super::*;
-use crate::sandbox::pod::dir::mounted_below;
 use crate::sandbox::pod::{PodConfig, process};
 
 /// A process in the share, as a pod process is; it ends when this is dropped.
@@ -133,8 +132,8 @@ async fn volumes_are_mounted_for_the_pod_alone() {
     fs::create_dir(&host).unwrap();
     fs::write(host.join("f"), "x").unwrap();
     let of_host = || -> Vec<_> {
-        let all = mount_points().unwrap();
-        all.into_iter().filter(|p| p.starts_with(temp)).collect()
+        let below = mounts::below(temp).unwrap();
+        below.map(|mount| mount.point).collect()
     };
     assert_eq!(of_host(), [setup.dir.share()]);
 
@@ -174,7 +173,7 @@ async fn volumes_are_mounted_for_the_pod_alone() {
     share.unshare("c2").await.unwrap();
     share.remove_all().await.unwrap();
     share.remove_all().await.unwrap();
-    assert_eq!(mounted_below(temp).unwrap(), None);
+    assert_eq!(mounts::below(temp).unwrap().next(), None);
     assert_eq!(fs::read_to_string(host.join("f")).unwrap(), "y");
 }
 
