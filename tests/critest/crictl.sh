@@ -11,7 +11,8 @@ crictl=$1 socket=$2 dir=$3 handler=$4
 image=registry.k8s.io/e2e-test-images/busybox:1.29-2
 passed=0 failed=0
 
-crictl() { "$crictl" --config "$dir/empty.yaml" --timeout 120s --runtime-endpoint "unix://$socket" --image-endpoint "unix://$socket" "$@"; }
+program=("$crictl" --config "$dir/empty.yaml" --timeout 120s --runtime-endpoint "unix://$socket" --image-endpoint "unix://$socket")
+crictl() { "${program[@]}" "$@"; }
 
 # step NAME PATTERN COMMAND...: the command succeeds, and its output matches the extended regular expression.
 step() {
@@ -29,13 +30,16 @@ step() {
 # One request through a forwarded port.
 forwarded() {
   local client code=1
-  crictl port-forward "$pod" 18082:8080 >"$dir/forward" 2>&1 & client=$!
+  # The program itself, not the function: a shell around it would be what is killed, and the port be kept.
+  "${program[@]}" port-forward "$pod" 18082:8080 >"$dir/forward" 2>&1 & client=$!
   for _ in $(seq 100); do
     curl -sf --max-time 10 http://127.0.0.1:18082/ && { code=0; break; }
     sleep 0.2
   done
   kill "$client" 2>/dev/null
   wait "$client" 2>/dev/null
+  # What the client said, for whoever asks why.
+  ((code == 0)) || cat "$dir/forward"
   return "$code"
 }
 
