@@ -10,6 +10,8 @@ pub mod config;
 pub mod cri;
 pub mod daemon;
 pub mod doctor;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod image;
 pub mod mounts;
 pub mod network;

@@ -105,6 +105,16 @@ pub struct HostPod {
 }
 
 impl HostPod {
+    /// A pod without an agent.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn alone(cgroup_kill: File, ending: Arc<Ending>) -> Self {
+        Self {
+            cgroup_kill,
+            ending,
+            end_expected: Arc::default(),
+        }
+    }
+
     /// What it is doing.
     pub fn state(&self) -> VmState {
         match self.ending.reason() {

@@ -5,6 +5,8 @@ pub mod arch;
 pub mod boot;
 pub mod config;
 pub mod control;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod host;
 pub mod jail;
 pub mod logs;

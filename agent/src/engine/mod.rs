@@ -15,6 +15,8 @@ mod cgroup;
 mod channel;
 mod container;
 mod error;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod init;
 mod launch;
 mod namespaces;

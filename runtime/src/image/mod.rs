@@ -14,6 +14,8 @@ mod digest;
 mod document;
 mod erofs;
 mod error;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod images;
 mod layer;
 mod policy;
@@ -34,9 +36,3 @@ pub use policy::Policy;
 pub use pull::{Progress, Status};
 pub use reference::Reference;
 pub use source::registry::Auth;
-
-/// One input of the fuzz target `layer`: see `runtime/fuzz`.
-#[cfg(fuzzing)]
-pub fn fuzz_layer(blob: &[u8]) {
-    layer::fuzzing::layer(blob);
-}

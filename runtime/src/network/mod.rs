@@ -2,6 +2,8 @@
 //! frames to the guest.
 
 mod cni;
+#[cfg(any(test, fuzzing))]
+pub(crate) use cni::fuzz_list;
 mod netns;
 mod tap;
 

@@ -21,7 +21,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// The longest answer line, in bytes.
 const MAX_LINE: usize = 512;
 /// The most bytes of one answer of the agent.
-const MAX_ANSWER: usize = 4 << 20;
+pub(crate) const MAX_ANSWER: usize = 4 << 20;
 
 /// Where an agent listens.
 #[derive(Clone, Debug)]
@@ -137,7 +137,7 @@ async fn bounded<T>(work: impl Future<Output = io::Result<T>>) -> io::Result<T> 
 }
 
 /// Reads a line byte by byte: what follows it belongs to the stream.
-async fn read_line(stream: &mut UnixStream) -> io::Result<String> {
+pub(super) async fn read_line(stream: &mut UnixStream) -> io::Result<String> {
     let mut line = Vec::new();
     while line.len() < MAX_LINE {
         match stream.read_u8().await {

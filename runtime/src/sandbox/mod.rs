@@ -4,6 +4,8 @@
 //! speak the same protocol with the same agent ([`agent`]), over vsock here and over a unix socket there.
 
 mod agent;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 pub mod host;
 pub mod ids;
 pub mod microvm;

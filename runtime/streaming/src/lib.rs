@@ -7,6 +7,8 @@
 //! (see [`stream`]).
 
 pub mod client;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod idle;
 mod portforward;
 mod remotecommand;

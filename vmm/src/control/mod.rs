@@ -5,6 +5,8 @@
 //! that hangs or sends garbage hurts nobody else; and the machine goes on when all of them are gone.
 
 mod events;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 
 pub use events::Events;
 

@@ -7,6 +7,8 @@
 
 mod agent;
 mod format;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod sink;
 mod stream;
 mod tee;

@@ -243,8 +243,9 @@ impl Ring {
         loop {
             self.disable_notification(memory)?;
             while let Some(chain) = self.pop(memory)? {
-                let head = chain.head;
+                let (head, room) = (chain.head, chain.writable.len());
                 let len = serve(chain)?;
+                debug_assert!(len as usize <= room, "more than there is room for");
                 self.push(memory, Used { head, len })?;
                 self.signal(memory)?;
                 left -= 1;

@@ -48,6 +48,30 @@ impl Poll {
     }
 }
 
+#[cfg(any(test, fuzzing))]
+impl Poll {
+    /// For a handler without a thread (see [`crate::fuzzing`]).
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn new() -> io::Result<Self> {
+        Epoll::new().map(Self).map_err(Into::into)
+    }
+
+    /// What is ready at this moment, each with its token.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn ready(&self) -> io::Result<Vec<(u64, EventSet)>> {
+        let mut events = [EpollEvent::default(); BATCH];
+        let ready = self.0.wait(0, &mut events)?;
+        Ok(events[..ready]
+            .iter()
+            .map(|event| (event.data(), event.event_set()))
+            .collect())
+    }
+}
+
 /// What a device does on its worker.
 pub trait Handler: Send + 'static {
     /// Registers the descriptors to wait for, and does what is due at once. Called on the worker's thread.

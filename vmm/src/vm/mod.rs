@@ -3,6 +3,8 @@
 mod bus;
 mod console;
 mod ending;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod kvm;
 mod memory;
 mod vcpu;

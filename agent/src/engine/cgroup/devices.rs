@@ -133,7 +133,7 @@ fn instruction(code: u8, destination: u8, source: u8, offset: i16, value: u32) -
 }
 
 /// The program for `rules`.
-pub(super) fn program(rules: &[Rule]) -> Vec<u64> {
+pub(crate) fn program(rules: &[Rule]) -> Vec<u64> {
     // r1: struct bpf_cgroup_dev_ctx; r2: kind; r3: bits still open; r4, r5: numbers; r6: scratch.
     let mut out = vec![
         instruction(LOAD_WORD, 2, 1, 0, 0),

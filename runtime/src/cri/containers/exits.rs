@@ -33,7 +33,7 @@ pub struct End {
 
 impl End {
     /// What an agent says, which is a guest's word.
-    fn from_agent(status: &agent::ExitStatus, started_at: i64) -> Self {
+    pub(super) fn from_agent(status: &agent::ExitStatus, started_at: i64) -> Self {
         let code = status.code.clamp(0, 255);
         let reason = match (status.oom_killed, code) {
             (true, _) => "OOMKilled",

@@ -3,6 +3,8 @@
 mod create;
 pub mod exec;
 pub mod exits;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod image_volumes;
 pub mod log;
 mod memory_volumes;

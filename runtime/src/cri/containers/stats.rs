@@ -180,7 +180,7 @@ fn of_containers(
         .collect()
 }
 
-fn convert(container: &Container, stats: &agent::ContainerStats) -> cri::ContainerStats {
+pub(super) fn convert(container: &Container, stats: &agent::ContainerStats) -> cri::ContainerStats {
     let record = container.record();
     let config = &record.config.0;
     let at = timestamp(stats.timestamp_ns);

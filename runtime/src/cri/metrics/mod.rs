@@ -112,6 +112,31 @@ async fn of_pod(
     })
 }
 
+/// Every metric of what a guest told, for the fuzz target `agent_replies`.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(stats: &agent::ContainerStats, sandbox: Option<&agent::SandboxStats>) {
+    let sample = Sample {
+        resources: cri::LinuxContainerResources::default(),
+        started_at: 1,
+        stats: stats.clone(),
+        detail: bounded(stats.detail.as_ref()),
+    };
+    let base = LABELS.map(str::to_owned);
+    let mut metrics = collect(CONTAINER, &sample, &base, stats.timestamp_ns);
+    if let Some(sandbox) = sandbox {
+        metrics.extend(collect(
+            POD,
+            sandbox.interfaces.as_slice(),
+            &base,
+            sandbox.timestamp_ns,
+        ));
+    }
+    for metric in metrics {
+        assert!(metric.timestamp >= 0);
+        assert!(metric.label_values.len() >= LABELS.len());
+    }
+}
+
 /// What a guest told of a container in detail, within bounds: its lists make as many metrics.
 fn bounded(told: Option<&agent::ContainerDetail>) -> agent::ContainerDetail {
     let Some(told) = told else {

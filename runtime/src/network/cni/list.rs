@@ -87,6 +87,22 @@ pub fn first(dir: &Path) -> Result<(PathBuf, NetworkList), String> {
     }
 }
 
+/// A network, for the fuzz target `config_files`; the sentence of what is wrong with it.
+#[cfg(any(test, fuzzing))]
+pub fn fuzz(text: &str) -> Option<String> {
+    let value = match serde_json::from_str(text) {
+        Ok(value) => value,
+        Err(error) => return Some(error.to_string()),
+    };
+    match parse(Path::new("/nonexistent/10-fuzz.conflist"), value) {
+        Ok(list) => {
+            assert!((1..=MAX_PLUGINS).contains(&list.plugins.len()));
+            None
+        }
+        Err(sentence) => Some(sentence),
+    }
+}
+
 /// The files of a directory with one of these extensions, by name.
 fn files(dir: &Path, extensions: &[&str]) -> std::io::Result<Vec<PathBuf>> {
     let mut files: Vec<PathBuf> = fs::read_dir(dir)?
@@ -102,7 +118,10 @@ fn files(dir: &Path, extensions: &[&str]) -> std::io::Result<Vec<PathBuf>> {
 
 /// Reads a list, or a single plugin's configuration as a list of one.
 fn read(path: &Path) -> Result<NetworkList, String> {
-    let value = json_file(path)?;
+    parse(path, json_file(path)?)
+}
+
+fn parse(path: &Path, value: Value) -> Result<NetworkList, String> {
     let whole = value.get("plugins").is_some() || value.get("type").is_none();
     let file: File = if whole {
         serde_json::from_value(value)

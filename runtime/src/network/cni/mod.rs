@@ -3,6 +3,8 @@
 
 mod cache;
 mod list;
+#[cfg(any(test, fuzzing))]
+pub(crate) use list::fuzz as fuzz_list;
 mod plugin;
 
 use std::collections::HashSet;

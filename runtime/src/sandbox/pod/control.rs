@@ -234,6 +234,20 @@ impl Facts {
     }
 }
 
+/// What is learnt of a pod process until it ends: the logs that are complete, and why it ended if it said so. For the
+/// fuzz target `agent_replies`.
+#[cfg(any(test, fuzzing))]
+pub async fn follow(stream: tokio::net::UnixStream) -> (BTreeSet<String>, Option<ExitReason>) {
+    let facts = Facts {
+        id: "p".into(),
+        ready: watch::channel(false).0,
+        drained: watch::channel(BTreeSet::new()).0,
+    };
+    let reason = facts.follow(stream).await;
+    let drained = facts.drained.borrow().clone();
+    (drained, reason)
+}
+
 async fn begin_watch(socket: &Path) -> io::Result<tokio::net::UnixStream> {
     let socket = socket.to_owned();
     let stream = tokio::task::spawn_blocking(move || {

@@ -115,7 +115,11 @@ impl Deflater {
     /// # Errors
     /// The compression library fails.
     pub fn block(&mut self, headers: &Headers) -> Result<Vec<u8>, ProtocolError> {
-        let plain = headers.encode();
+        self.pack(&headers.encode())
+    }
+
+    /// The bytes of a block, compressed.
+    pub(crate) fn pack(&mut self, plain: &[u8]) -> Result<Vec<u8>, ProtocolError> {
         let mut packed = Vec::with_capacity(plain.len() + 64);
         let begin = self.0.total_in();
         loop {

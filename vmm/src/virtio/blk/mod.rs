@@ -6,6 +6,8 @@
 //! host cannot do (a full disk, a bad sector) is an I/O error for the guest, never the end of the machine.
 
 mod disk;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod layers;
 mod request;
 

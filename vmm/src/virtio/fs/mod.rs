@@ -13,6 +13,8 @@
 //!
 //! Mounts that the host makes below the root later appear, if the root's mount is a slave of the host's.
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod handler;
 mod identity;
 mod ledger;

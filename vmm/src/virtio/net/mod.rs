@@ -3,6 +3,8 @@
 //! The header in front of each frame (`struct virtio_net_hdr`) is the tap's own: with `IFF_VNET_HDR` the
 //! kernel takes and gives it as it is, so checksums and segmentation are left to the other side.
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod handler;
 mod tap;
 

@@ -1,5 +1,8 @@
 //! The entropy device (virtio 1.2 §5.4): the guest's first good randomness.
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
+
 use std::io;
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;

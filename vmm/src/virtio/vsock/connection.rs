@@ -165,6 +165,12 @@ impl Connection {
         !self.backlog.is_empty() && self.client_receives && self.stream.is_some()
     }
 
+    /// Bytes of the guest that the client has not taken yet.
+    #[cfg(any(test, fuzzing))]
+    pub fn backlog(&self) -> usize {
+        self.backlog.len()
+    }
+
     /// Whether the guest regards the connection as its own.
     pub fn is_guests(&self) -> bool {
         !matches!(self.state, State::Closing)

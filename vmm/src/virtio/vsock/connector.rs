@@ -28,19 +28,19 @@ impl VsockConnector {
     /// - `NotConnected`: the device was stopped;
     /// - otherwise what the system says when it cannot make the sockets.
     pub fn connect(&self, port: u32, timeout: Duration) -> io::Result<UnixStream> {
-        let (ours, theirs) = UnixStream::pair()?;
-        theirs.set_nonblocking(true)?;
-        let (answer, answered) = sync_channel(1);
-        let caller = Arc::new(());
-        self.requests.push(Request {
-            port,
-            stream: theirs,
-            answer,
-            caller: Arc::downgrade(&caller),
-        })?;
-        wait(&answered, port, timeout)?;
-        Ok(ours)
+        let wish = self.requests.wish(port)?;
+        wait(&wish.answered, port, timeout)?;
+        Ok(wish.stream)
     }
+}
+
+/// A wish for a connection, as its caller holds it. Dropped, it is none any more.
+pub(super) struct Wish {
+    /// The caller's end.
+    pub stream: UnixStream,
+    /// What the guest says.
+    pub answered: Receiver<io::Result<()>>,
+    _caller: Arc<()>,
 }
 
 fn wait(answered: &Receiver<io::Result<()>>, port: u32, timeout: Duration) -> io::Result<()> {
@@ -110,6 +110,28 @@ impl Requests {
     fn lock(&self) -> MutexGuard<'_, State> {
         // A queue and a flag, valid at any time.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts a wish for a connection to this port in line.
+    ///
+    /// # Errors
+    /// As [`VsockConnector::connect`], but for the guest's answer.
+    pub fn wish(&self, port: u32) -> io::Result<Wish> {
+        let (stream, theirs) = UnixStream::pair()?;
+        theirs.set_nonblocking(true)?;
+        let (answer, answered) = sync_channel(1);
+        let caller = Arc::new(());
+        self.push(Request {
+            port,
+            stream: theirs,
+            answer,
+            caller: Arc::downgrade(&caller),
+        })?;
+        Ok(Wish {
+            stream,
+            answered,
+            _caller: caller,
+        })
     }
 
     fn push(&self, request: Request) -> io::Result<()> {

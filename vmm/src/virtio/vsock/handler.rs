@@ -28,7 +28,8 @@ pub struct VsockHandler {
     transmit: Ring,
     /// Signalled by ourselves where a pass ended before the work did.
     again: EventFd,
-    muxer: Muxer,
+    /// The connections.
+    pub(super) muxer: Muxer,
 }
 
 impl VsockHandler {

@@ -11,6 +11,8 @@
 
 mod connection;
 mod connector;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod handler;
 mod handshake;
 #[cfg(test)]

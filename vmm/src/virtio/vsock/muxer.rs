@@ -156,7 +156,8 @@ impl Muxer {
         }
     }
 
-    fn greet(&mut self, stream: UnixStream, poll: &Poll) {
+    /// Takes a client that has connected.
+    pub(super) fn greet(&mut self, stream: UnixStream, poll: &Poll) {
         if self.is_full() || stream.set_nonblocking(true).is_err() {
             return;
         }
@@ -384,6 +385,21 @@ impl Muxer {
         }
         self.connections.clear();
         self.run_timer(false);
+    }
+}
+
+#[cfg(any(test, fuzzing))]
+impl Muxer {
+    /// Panics where more is held than may be.
+    pub fn check(&self) {
+        assert!(self.connections.len() + self.handshakes.len() <= MAX_CONNECTIONS);
+        assert!(self.replies.len() <= MAX_REPLIES);
+        // Those that are gone may still be in line once.
+        let waiting = self.connections.values().filter(|c| c.in_line).count();
+        assert!(waiting <= self.line.len());
+        for connection in self.connections.values() {
+            assert!(connection.backlog() <= super::connection::BUF_ALLOC as usize);
+        }
     }
 }
 

@@ -155,7 +155,7 @@ fn the_kernel_reads_what_was_written() {
 /// What the fuzzer begins with.
 #[test]
 fn the_seeds_of_the_fuzzer() {
-    let seeds = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds/layer");
+    let seeds = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fuzz/seeds/layer");
     let mut taken = 0;
     for entry in fs::read_dir(seeds).unwrap() {
         taken += usize::from(fuzzing::layer(&fs::read(entry.unwrap().path()).unwrap()).is_some());

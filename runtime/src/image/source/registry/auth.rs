@@ -224,6 +224,12 @@ fn parse(text: &str) -> Option<Challenge> {
     })
 }
 
+#[cfg(any(test, fuzzing))]
+pub(super) fn fuzz(text: &str) {
+    let _ = parse(text);
+    let _ = Auth::from_encoded(text);
+}
+
 /// A quoted string after its opening quote, and what follows it.
 fn quoted_string(text: &str) -> Option<(String, &str)> {
     let mut value = String::new();

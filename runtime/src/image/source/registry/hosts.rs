@@ -178,6 +178,22 @@ fn parse(path: &Path, text: &str, registry: &str) -> Result<Vec<Host>, ImageErro
     Ok(hosts)
 }
 
+#[cfg(any(test, fuzzing))]
+pub(super) fn fuzz(text: &str) -> Option<String> {
+    let path = Path::new("/etc/hosts.toml");
+    match parse(path, text, "registry.example:5000") {
+        Ok(hosts) => {
+            assert!((1..=MAX_HOSTS + 1).contains(&hosts.len()));
+            // Credentials go to the registry itself alone, and that is the last.
+            let upstream = hosts.iter().rposition(|host| host.upstream);
+            assert_eq!(upstream, Some(hosts.len() - 1));
+            assert_eq!(hosts.iter().filter(|host| host.upstream).count(), 1);
+            None
+        }
+        Err(error) => Some(error.to_string()),
+    }
+}
+
 /// What Docker's own directory of certificates says.
 fn docker_directory(directory: &Path, registry: &str) -> Result<Host, ImageError> {
     let wrong = |reason: String| ImageError::Hosts {

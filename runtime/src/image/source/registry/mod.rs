@@ -26,6 +26,18 @@ pub use auth::Auth;
 use endpoint::Endpoint;
 pub(super) use stream::BlobStream;
 
+/// A registry's hosts.toml, for the fuzz target `config_files`; the sentence of what is wrong with it.
+#[cfg(any(test, fuzzing))]
+pub(in crate::image) fn fuzz_hosts(text: &str) -> Option<String> {
+    hosts::fuzz(text)
+}
+
+/// A registry's challenge, for the fuzz target `image_documents`.
+#[cfg(any(test, fuzzing))]
+pub(in crate::image) fn fuzz_challenge(text: &str) {
+    auth::fuzz(text);
+}
+
 /// A repository in a registry, for one pull. Clones share the connections and the tokens.
 #[derive(Clone)]
 pub(in crate::image) struct Session(Arc<Inner>);

@@ -1,0 +1,4 @@
+//! The vsock device, by packets in good rings, and clients on the host.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(init: caisson_fuzz::init(), |data: &[u8]| caisson_vmm::fuzzing::vsock_packets(data));
