@@ -23,6 +23,7 @@ use tonic::transport::Channel;
 
 use self::ids::UserIds;
 use self::pod::PodProcess;
+pub use self::pod::health::{self, Health};
 use crate::network::PodNetwork;
 use crate::timings::Timings;
 
@@ -250,6 +251,21 @@ pub trait Sandbox: Send + Sync {
         self.pod().ended()
     }
 
+    /// How the pod does, as far as [`Sandbox::tend`] has heard.
+    fn health(&self) -> watch::Receiver<Health> {
+        self.pod().health()
+    }
+
+    /// Asks the pod again and again how it does, until it has ended.
+    async fn tend(&self) {
+        pod::health::tend(self.pod()).await;
+    }
+
+    /// The last lines of the guest's console, or of what the agent on the host said, in one.
+    fn last_words(&self) -> String {
+        self.pod().dir.last_words()
+    }
+
     /// The process ID of the pod process on the host.
     fn host_pid(&self) -> Option<u32> {
         self.pod().pid()
@@ -278,6 +294,11 @@ pub trait Sandbox: Send + Sync {
     /// Goes on in another log file (CRI `ReopenContainerLog`).
     async fn reopen_log(&self, container_id: &str, file: OwnedFd) -> Result<(), SandboxError> {
         self.pod().reopen_log(container_id, file).await
+    }
+
+    /// Takes back [`Sandbox::add_log`] of a container that was not started. Idempotent.
+    async fn close_log(&self, container_id: &str) -> Result<(), SandboxError> {
+        self.pod().remove_log(container_id).await
     }
 
     /// Copies a container's output from now on.

@@ -9,6 +9,7 @@ use super::super::registry::{Container, now};
 use super::super::{Context, CriError, guest};
 use super::{START_FAILED_CODE, exits, log};
 use crate::sandbox::{Log, Sandbox};
+use crate::steps::{self, Step};
 use crate::store::ContainerState;
 
 /// Descriptors that get a copy of a container's output from its first byte on.
@@ -47,9 +48,11 @@ pub async fn start(
         )));
     }
     context.registry.save_container(container).await?;
+    steps::done(Step::StartRecorded);
 
     match run(container, sandbox.as_ref(), copies).await {
         Ok(()) => {
+            steps::done(Step::AgentStartedContainer);
             container.change(|record| {
                 record.state = ContainerState::Running;
                 record.started_at = now();
@@ -60,7 +63,9 @@ pub async fn start(
                 .emit(cri::ContainerEventType::ContainerStartedEvent, container);
             // Watched even if the record cannot be written: the process runs.
             exits::watch(context, container, sandbox);
-            context.registry.save_container(container).await
+            context.registry.save_container(container).await?;
+            steps::done(Step::StartSaved);
+            Ok(())
         }
         Err(error) => {
             let end = exits::End {
@@ -88,6 +93,7 @@ async fn run(container: &Container, sandbox: &dyn Sandbox, copies: Copies) -> Re
             stderr: copies.stderr,
         })
         .await?;
+    steps::done(Step::LogAdded);
     let mut client = sandbox.agent();
     let request = agent::StartContainerRequest {
         container_id: container.id.clone(),
