@@ -256,11 +256,12 @@ async fn a_reboot_is_told_and_its_pods_are_made_anew() {
     // What a reboot does: no process, mount, namespace or file below /run is left, and the kernel has another boot ID.
     node.restart_after(|node| {
         kill(victim, Signal::SIGKILL).unwrap();
-        let away = Instant::now() + Duration::from_secs(10);
-        while fs::metadata(format!("/proc/{victim}/ns/net")).is_ok() && Instant::now() < away {
+        let group = fs::read_to_string(directory(node, &pod).join("cgroup")).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while let Err(error) = fs::remove_dir(&group) {
+            assert!(Instant::now() < deadline, "{victim} does not die: {error}");
             std::thread::sleep(Duration::from_millis(20));
         }
-        let group = fs::read_to_string(directory(node, &pod).join("cgroup")).unwrap();
         umount2(&directory(node, &pod).join("share"), MntFlags::MNT_DETACH).unwrap();
         for entry in fs::read_dir(node.state().join("netns")).unwrap() {
             let namespace = entry.unwrap().path();
@@ -268,7 +269,6 @@ async fn a_reboot_is_told_and_its_pods_are_made_anew() {
             fs::remove_file(namespace).unwrap();
         }
         fs::remove_dir_all(node.state().join("pods")).unwrap();
-        fs::remove_dir(group).unwrap();
         let file = node.root().join("boot_id");
         let other = "00000000-0000-4000-8000-000000000000\n";
         assert_ne!(fs::read_to_string(&file).unwrap(), other);

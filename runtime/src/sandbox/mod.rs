@@ -296,11 +296,6 @@ pub trait Sandbox: Send + Sync {
         self.pod().reopen_log(container_id, file).await
     }
 
-    /// Takes back [`Sandbox::add_log`] of a container that was not started. Idempotent.
-    async fn close_log(&self, container_id: &str) -> Result<(), SandboxError> {
-        self.pod().remove_log(container_id).await
-    }
-
     /// Copies a container's output from now on.
     async fn attach(
         &self,

@@ -41,10 +41,6 @@ pub async fn recover(context: &Arc<Context>, pod: &Arc<Pod>) {
                 let started = known
                     .get(&container.id)
                     .is_some_and(|state| *state != State::Created as i32);
-                // Its next start gives it a log again.
-                if !started && let Err(error) = sandbox.close_log(&container.id).await {
-                    tracing::warn!(container = container.id, %error, "a log that was never used stays");
-                }
                 container.change(|record| {
                     if started {
                         record.state = ContainerState::Running;

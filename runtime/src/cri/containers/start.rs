@@ -84,7 +84,8 @@ pub async fn start(
 async fn run(container: &Container, sandbox: &dyn Sandbox, copies: Copies) -> Result<(), CriError> {
     let record = container.record();
     let file = log::open(&record.log_path).await?;
-    sandbox
+    let alone = copies.stdout.is_none() && copies.stderr.is_none();
+    let added = sandbox
         .add_log(Log {
             container_id: container.id.clone(),
             terminal: record.config.0.tty,
@@ -92,7 +93,14 @@ async fn run(container: &Container, sandbox: &dyn Sandbox, copies: Copies) -> Re
             stdout: copies.stdout,
             stderr: copies.stderr,
         })
-        .await?;
+        .await;
+    if let Err(error) = added {
+        // A daemon that died after this point has left the log there, open; only what has one can be attached to.
+        let has_one = alone && sandbox.attach(&container.id, None, None).await.is_ok();
+        if !has_one {
+            return Err(error.into());
+        }
+    }
     steps::done(Step::LogAdded);
     let mut client = sandbox.agent();
     let request = agent::StartContainerRequest {
