@@ -11,6 +11,10 @@ mod unexecutable;
 
 pub use unexecutable::Unexecutable;
 
+/// The version of the agent's protocol: the number of its incompatible changes. A daemon has nothing to do with an agent
+/// of another one.
+pub const AGENT_PROTOCOL: u32 = 2;
+
 /// CRI `runtime.v1`: the interface that kubelet and crictl speak.
 #[allow(missing_docs, clippy::all)]
 pub mod cri {

@@ -11,6 +11,8 @@ use std::time::Duration;
 use caisson_proto::cli::cli_server::CliServer;
 use caisson_proto::cri::image_service_server::ImageServiceServer;
 use caisson_proto::cri::runtime_service_server::RuntimeServiceServer;
+use futures::StreamExt as _;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
@@ -34,6 +36,8 @@ use crate::streaming::Backend;
 const MAX_REQUEST: usize = 16 << 20;
 /// How long calls under way may take when the daemon is told to stop.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
+/// The pause after a connection that could not be accepted.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 /// How often layers that nobody needs are looked for.
 const COLLECT_EVERY: Duration = Duration::from_secs(60);
 /// The fewest guests that may boot at the same time.
@@ -90,6 +94,7 @@ pub enum DaemonError {
 /// Another daemon runs, the configuration cannot be used, or the node's disk fails.
 pub async fn serve(config: Config) -> Result<(), DaemonError> {
     start_log(&config)?;
+    raise_descriptor_limit();
     for dir in [&config.root, &config.state] {
         private_dir(dir)?;
     }
@@ -129,7 +134,13 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
     tracing::info!(address = %context.streaming.address(), "streaming");
     tokio::spawn(streaming.serve(Arc::new(Backend::new(context.clone()))));
     let socket = context.config.socket.clone();
-    let listener = bind(&socket)?;
+    let connections = UnixListenerStream::new(bind(&socket)?).then(|connection| async {
+        if connection.is_err() {
+            // Out of descriptors or memory: waiting is all that can help.
+            tokio::time::sleep(ACCEPT_AGAIN).await;
+        }
+        connection
+    });
     let stop = stop_signal()?;
     tracing::info!(socket = %socket.display(), version = env!("CARGO_PKG_VERSION"), "serving");
     let (stopping, mut stopped) = tokio::sync::watch::channel(false);
@@ -144,7 +155,7 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
                 .max_decoding_message_size(MAX_REQUEST),
         )
         .add_service(CliServer::new(cli_service::Service::new(context)))
-        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
+        .serve_with_incoming_shutdown(connections, async move {
             stop.await;
             tracing::info!("stopping; pods go on");
             stopping.send_replace(true);
@@ -160,6 +171,18 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
     };
     let _ = std::fs::remove_file(&socket);
     Ok(result?)
+}
+
+/// A pod takes a few descriptors for as long as it runs, and the usual limit is 1024.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, "the limit of open files stays what it was");
+    }
 }
 
 /// The daemon's log goes to standard error, where a service manager takes it.

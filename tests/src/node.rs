@@ -1,6 +1,7 @@
 //! A node: a daemon with directories, a network and an image of its own.
 
 use std::fs;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -39,6 +40,8 @@ pub struct NodeOptions {
     pub no_image: bool,
     /// Allow pods on the host.
     pub allow_host: bool,
+    /// Another daemon.
+    pub daemon: Option<PathBuf>,
 }
 
 type Clients = (
@@ -107,7 +110,7 @@ impl Node {
             .clone()
             .unwrap_or_else(|| dir.path().join("root"));
         configure(dir.path(), state.path(), &root, &options);
-        let daemon = spawn(dir.path(), options.hide_kvm);
+        let daemon = spawn(dir.path(), &options, None);
         let (runtime, images, cli, channel) = clients(&state.path().join("caisson.sock"));
         let mut node = Self {
             runtime,
@@ -175,13 +178,51 @@ impl Node {
 
     /// Kills the daemon (SIGKILL), lets `meanwhile` do something, and starts it again.
     pub async fn restart_after(&mut self, meanwhile: impl FnOnce(&Self)) {
-        self.daemon.kill().expect("the daemon is killed");
-        self.daemon.wait().expect("the daemon is waited for");
+        self.kill_daemon();
         meanwhile(self);
-        self.daemon = spawn(self.dir.path(), self.options.hide_kvm);
+        self.start_again(None);
+        self.wait_until_serving().await;
+    }
+
+    /// Starts a daemon in the place of one that is dead; one with failpoints dies at the step named.
+    pub fn start_again(&mut self, die_at: Option<&str>) {
+        self.daemon = spawn(self.dir.path(), &self.options, die_at);
         (self.runtime, self.images, self.cli, self.channel) =
             clients(&self.state.path().join("caisson.sock"));
-        self.wait_until_serving().await;
+    }
+
+    /// Ends the daemon (SIGKILL).
+    pub fn kill_daemon(&mut self) {
+        self.daemon.kill().expect("the daemon is killed");
+        self.daemon.wait().expect("the daemon is waited for");
+    }
+
+    /// Waits until the daemon was killed by SIGKILL.
+    pub async fn wait_for_death(&mut self) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            if let Some(exit) = self.daemon.try_wait().expect("the daemon can be asked") {
+                assert_eq!(exit.signal(), Some(9), "{exit}: {}", self.daemon_log());
+                return;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "the daemon does not die: {}",
+                self.daemon_log()
+            );
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Whether the daemon has ended.
+    pub fn is_dead(&mut self) -> bool {
+        let exit = self.daemon.try_wait().expect("the daemon can be asked");
+        exit.is_some()
+    }
+
+    /// The daemon's process ID.
+    pub fn daemon_pid(&self) -> u32 {
+        self.daemon.id()
     }
 
     /// The daemon's socket.
@@ -237,7 +278,8 @@ impl Node {
         left
     }
 
-    async fn wait_until_serving(&mut self) {
+    /// Waits until the daemon answers.
+    pub async fn wait_until_serving(&mut self) {
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             let version = self.runtime.version(cri::VersionRequest::default()).await;
@@ -381,14 +423,15 @@ timeout_seconds = {plugin_seconds}
     fs::write(dir.join("config.toml"), text).expect("a configuration");
 }
 
-fn spawn(dir: &Path, hide_kvm: bool) -> Child {
+fn spawn(dir: &Path, options: &NodeOptions, die_at: Option<&str>) -> Child {
     let log = fs::OpenOptions::new()
         .create(true)
         .append(true)
         .open(dir.join("daemon.log"))
         .expect("a log file");
-    let caisson = build().join("caisson");
-    let mut command = if hide_kvm {
+    let caisson = options.daemon.clone();
+    let caisson = caisson.unwrap_or_else(|| build().join("caisson"));
+    let mut command = if options.hide_kvm {
         // A mount namespace of its own with a /dev that has everything a daemon needs, but no KVM.
         let mut command = Command::new("unshare");
         command.args(["--mount", "sh", "-ec"]).arg(
@@ -401,6 +444,9 @@ fn spawn(dir: &Path, hide_kvm: bool) -> Child {
     } else {
         Command::new(caisson)
     };
+    if let Some(step) = die_at {
+        command.env("CAISSON_DIE_AT", step);
+    }
     command
         .arg("--config")
         .arg(dir.join("config.toml"))

@@ -19,6 +19,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use caisson_proto::AGENT_PROTOCOL;
 use caisson_proto::agent::agent_server::{Agent, AgentServer};
 use caisson_proto::agent::*;
 use futures::{Stream, stream};
@@ -32,8 +33,6 @@ use crate::sandbox::{self, Plan};
 use crate::vsock::Listener;
 use pod::Setup;
 
-/// The protocol's version: the number of incompatible changes of `agent.proto`.
-const PROTOCOL: u32 = 2;
 /// A spec of 4 MiB and what is around it.
 const REQUEST_MAX: usize = 5 << 20;
 /// The longest grace of Shutdown.
@@ -98,7 +97,7 @@ impl Agent for Service {
     async fn version(&self, _: Request<VersionRequest>) -> Answer<VersionResponse> {
         let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         Ok(Response::new(VersionResponse {
-            protocol: PROTOCOL,
+            protocol: AGENT_PROTOCOL,
             agent_version: env!("CARGO_PKG_VERSION").into(),
             kernel_release: release.trim_end().into(),
         }))

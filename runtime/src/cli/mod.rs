@@ -10,6 +10,7 @@ mod exec;
 mod images;
 mod logs;
 mod options;
+mod pods;
 mod run;
 mod session;
 mod store;
@@ -51,6 +52,8 @@ enum Command {
     Exec(exec::ExecArgs),
     /// List containers.
     Ps(containers::PsArgs),
+    /// List pods, and why those that are not ready are not.
+    Pods(pods::PodsArgs),
     /// Show a container's output.
     Logs(logs::LogsArgs),
     /// Stop containers.
@@ -147,6 +150,7 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, CliError> {
         Command::Run(args) => run::run(&connect()?, *args).await,
         Command::Exec(args) => exec::exec(&connect()?, args).await,
         Command::Ps(args) => containers::ps(&connect()?, args).await,
+        Command::Pods(args) => pods::pods(&connect()?, args).await,
         Command::Logs(args) => logs::logs(&connect()?, args).await,
         Command::Stop(args) => containers::stop(&connect()?, args).await,
         Command::Rm(args) => containers::rm(&connect()?, args).await,

@@ -48,6 +48,11 @@ impl CriError {
         Self::new(Code::DeadlineExceeded, message)
     }
 
+    /// Nobody answers at the moment.
+    pub fn unavailable(message: impl Into<String>) -> Self {
+        Self::new(Code::Unavailable, message)
+    }
+
     /// Something of the node failed.
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(Code::Internal, message)

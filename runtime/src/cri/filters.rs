@@ -27,7 +27,7 @@ pub fn pod(filter: &cri::PodSandboxFilter, record: &SandboxRecord) -> bool {
         && filter
             .state
             .as_ref()
-            .is_none_or(|asked| asked.state == pod_state(record.state) as i32)
+            .is_none_or(|asked| asked.state == pod_state(record) as i32)
         && labels(&filter.label_selector, &record.config.0.labels)
 }
 
@@ -56,6 +56,7 @@ mod tests {
             created_at: 0,
             state: SandboxState::Ready,
             reason: String::new(),
+            silence: None,
             config: Proto(cri::PodSandboxConfig {
                 labels: HashMap::from([("app".into(), "web".into())]),
                 ..Default::default()

@@ -18,13 +18,19 @@ pub const START: Duration = Duration::from_secs(30);
 /// Awaits an agent's answer.
 ///
 /// # Errors
-/// What the agent said; DEADLINE_EXCEEDED after `limit`; FAILED_PRECONDITION when the sandbox ends meanwhile.
+/// What the agent said; DEADLINE_EXCEEDED after `limit`; FAILED_PRECONDITION when the sandbox ends meanwhile; UNAVAILABLE,
+/// at once, for a pod that has not answered for a while.
 pub async fn call<T>(
     sandbox: &dyn Sandbox,
     what: &str,
     limit: Duration,
     request: impl Future<Output = Result<Response<T>, Status>>,
 ) -> Result<T, CriError> {
+    if let Some(reason) = sandbox.health().borrow().silence() {
+        return Err(CriError::unavailable(format!(
+            "the agent was not asked to {what}: the pod does not answer ({reason}); stop the pod"
+        )));
+    }
     let (mut ended, state) = (sandbox.ended(), sandbox.ended());
     let over = |reason: String| {
         CriError::precondition(format!(

@@ -126,10 +126,11 @@ impl Pod {
         let why = match record.state {
             SandboxState::Ready => match self.sandbox() {
                 Some(sandbox) => {
-                    let ended = sandbox.ended().borrow().clone();
-                    match ended {
+                    let ended = sandbox.ended().borrow().as_ref().map(describe);
+                    let silence = sandbox.health().borrow().silence().map(str::to_owned);
+                    match ended.or(silence) {
                         None => return Ok(sandbox),
-                        Some(reason) => format!("its sandbox has ended ({})", describe(&reason)),
+                        Some(reason) => format!("its sandbox is of no use ({reason})"),
                     }
                 }
                 None => "its sandbox is not connected".to_owned(),

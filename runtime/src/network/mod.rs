@@ -19,6 +19,7 @@ use tokio::sync::{Mutex, RwLock};
 pub use cni::{Cni, CniConfig, NetworkList, PortMapping};
 
 use crate::sandbox::ids::UserIds;
+use crate::steps::{self, Step};
 
 /// How long a plugin's word on its own readiness holds.
 const RECENT: Duration = Duration::from_secs(2);
@@ -210,9 +211,14 @@ impl Network {
         ids: Option<UserIds>,
     ) -> Result<PodNetwork, NetworkError> {
         netns::create(&pod.id, netns.to_owned(), ids).await?;
+        steps::done(Step::NamespaceMade);
         self.cni.add(pod, netns).await?;
+        steps::done(Step::AttachmentMade);
         let (path, name) = (netns.to_owned(), cni::INTERFACE.to_owned());
         let (interface, routes, tap) = tap::attach(&pod.id, path, name, guest).await?;
+        if guest {
+            steps::done(Step::TapMade);
+        }
         Ok(PodNetwork {
             netns: netns.to_owned(),
             tap: tap.map(Arc::new),
@@ -277,6 +283,7 @@ impl Network {
         let netns = self.netns_path(&pod.id);
         let released = self.cni.del(pod, &netns).await;
         netns::remove(&pod.id, netns).await?;
+        steps::done(Step::NamespaceRemoved);
         released
     }
 }

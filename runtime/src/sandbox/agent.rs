@@ -5,8 +5,8 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use caisson_proto::agent as proto;
 use caisson_proto::agent::agent_client::AgentClient;
+use caisson_proto::{AGENT_PROTOCOL, agent as proto};
 use caisson_vmm_protocol::{AGENT_PORT, STREAM_PORT};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -18,6 +18,10 @@ use crate::network::PodNetwork;
 
 /// How long the guest may take to accept a connection or to answer a header line.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the agent may take to set up the sandbox.
+const SETUP_TIMEOUT: Duration = Duration::from_secs(60);
+/// The most characters of an agent's version.
+const MAX_VERSION: usize = 64;
 /// The longest answer line, in bytes.
 const MAX_LINE: usize = 512;
 /// The most bytes of one answer of the agent.
@@ -49,6 +53,68 @@ pub fn client(address: Address) -> AgentClient<Channel> {
     // The address is never dialled: the connector above is.
     let channel = Endpoint::from_static("http://agent").connect_with_connector_lazy(connector);
     AgentClient::new(channel).max_decoding_message_size(MAX_ANSWER)
+}
+
+/// Why an agent cannot be spoken with.
+#[derive(Debug, thiserror::Error)]
+pub enum ProtocolError {
+    /// It did not answer.
+    #[error("{}", .0.message())]
+    Silent(#[from] tonic::Status),
+    /// It speaks another protocol.
+    #[error(
+        "its agent (version {version}) speaks agent protocol {theirs}, this daemon speaks {AGENT_PROTOCOL}; install both from one release"
+    )]
+    Other {
+        /// What it speaks.
+        theirs: u32,
+        /// Its build's version.
+        version: String,
+    },
+}
+
+/// Asks an agent which protocol it speaks.
+///
+/// # Errors
+/// It does not answer, or it is another than the daemon's.
+pub async fn check_protocol(client: &mut AgentClient<Channel>) -> Result<(), ProtocolError> {
+    let answer = client.version(proto::VersionRequest {}).await?;
+    understands(answer.into_inner())
+}
+
+fn understands(agent: proto::VersionResponse) -> Result<(), ProtocolError> {
+    if agent.protocol == AGENT_PROTOCOL {
+        return Ok(());
+    }
+    // It is the guest's word.
+    let printable = agent.agent_version.chars().filter(|c| !c.is_control());
+    Err(ProtocolError::Other {
+        theirs: agent.protocol,
+        version: printable.take(MAX_VERSION).collect(),
+    })
+}
+
+/// Lets an agent set up its pod, after it was made sure that it understands the request: both at once.
+///
+/// # Errors
+/// It speaks another protocol, refused, or did not answer in time.
+pub async fn set_up(
+    client: AgentClient<Channel>,
+    request: proto::SetupSandboxRequest,
+) -> io::Result<()> {
+    let (mut asked, mut told) = (client.clone(), client);
+    let check = async { check_protocol(&mut asked).await.map_err(io::Error::other) };
+    let set_up = async {
+        let answer = told.setup_sandbox(request).await;
+        answer.map_err(|status| io::Error::other(status.message().to_owned()))
+    };
+    // A request that another agent may not understand fails with the better reason.
+    tokio::time::timeout(SETUP_TIMEOUT, async {
+        let (checked, answered) = tokio::join!(check, set_up);
+        checked.and(answered.map(drop))
+    })
+    .await
+    .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
 }
 
 /// The IDs of a pod as its agent is told them.
@@ -177,6 +243,22 @@ mod tests {
         let result = stream(&address, "STREAM c - stdout\n").await;
         server.await.unwrap();
         result
+    }
+
+    #[test]
+    fn an_agent_of_another_protocol_is_refused_by_name() {
+        let agent = |protocol| proto::VersionResponse {
+            protocol,
+            agent_version: "9.9\n".into(),
+            kernel_release: String::new(),
+        };
+        understands(agent(AGENT_PROTOCOL)).unwrap();
+        let refused = understands(agent(AGENT_PROTOCOL + 1)).unwrap_err();
+        let refused = refused.to_string();
+        assert!(
+            refused.contains("(version 9.9) speaks agent protocol 3, this daemon speaks 2"),
+            "{refused}"
+        );
     }
 
     #[tokio::test]

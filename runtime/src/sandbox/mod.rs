@@ -23,6 +23,7 @@ use tonic::transport::Channel;
 
 use self::ids::UserIds;
 use self::pod::PodProcess;
+pub use self::pod::health::{self, Health};
 use crate::network::PodNetwork;
 use crate::timings::Timings;
 
@@ -248,6 +249,21 @@ pub trait Sandbox: Send + Sync {
     /// `None` while the sandbox runs, then why it ended.
     fn ended(&self) -> watch::Receiver<Option<ExitReason>> {
         self.pod().ended()
+    }
+
+    /// How the pod does, as far as [`Sandbox::tend`] has heard.
+    fn health(&self) -> watch::Receiver<Health> {
+        self.pod().health()
+    }
+
+    /// Asks the pod again and again how it does, until it has ended.
+    async fn tend(&self) {
+        pod::health::tend(self.pod()).await;
+    }
+
+    /// The last lines of the guest's console, or of what the agent on the host said, in one.
+    fn last_words(&self) -> String {
+        self.pod().dir.last_words()
     }
 
     /// The process ID of the pod process on the host.

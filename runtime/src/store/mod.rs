@@ -355,6 +355,7 @@ mod tests {
             created_at: 7,
             state: SandboxState::Creating,
             reason: String::new(),
+            silence: None,
             config: Proto(cri::PodSandboxConfig {
                 hostname: "web".into(),
                 ..Default::default()

@@ -83,6 +83,9 @@ pub struct SandboxRecord {
     pub state: SandboxState,
     /// Why it is not ready, in one sentence; may be empty.
     pub reason: String,
+    /// Why a pod that runs cannot be used at the moment. Not kept: each daemon finds it out by itself.
+    #[serde(skip)]
+    pub silence: Option<String>,
     /// What was asked for.
     pub config: Proto<cri::PodSandboxConfig>,
     /// Its network, until that is taken down.

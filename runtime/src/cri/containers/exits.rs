@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use caisson_proto::{agent, cri};
 
-use super::super::registry::{Container, describe, now};
+use super::super::registry::{Container, Pod, describe, now};
 use super::super::spec::signal;
 use super::super::{Context, guest};
 use super::KILLED_CODE;
 use crate::sandbox::Sandbox;
+use crate::steps::{self, Step};
 use crate::store::ContainerState;
 
 /// How long the output of an ended container may take into its log before its end is told all the same. The pod
@@ -48,7 +49,8 @@ impl End {
             at: if (started_at..=now()).contains(&status.exited_at_ns) {
                 status.exited_at_ns
             } else {
-                now()
+                // The node's clock may have been set back since.
+                now().max(started_at)
             },
         }
     }
@@ -169,9 +171,11 @@ pub async fn finish(context: &Context, container: &Container, end: End) {
         running
     });
     if first {
+        steps::done(Step::EndHeard);
         if let Err(error) = context.registry.save_container(container).await {
             tracing::error!(container = container.id, %error, "the container's end could not be written");
         }
+        steps::done(Step::EndSaved);
         context
             .registry
             .emit(cri::ContainerEventType::ContainerStoppedEvent, container);
@@ -195,6 +199,15 @@ pub async fn sandbox_ended(context: &Context, container: &Container, why: &str) 
     ) {
         finish(context, container, lost(why)).await;
     }
+}
+
+/// Does that for all containers of a pod.
+pub async fn all_ended(context: &Context, pod: &Pod, why: &str) {
+    let all = context.registry.containers_of(&pod.id);
+    let ends = all
+        .iter()
+        .map(|container| sandbox_ended(context, container, why));
+    futures::future::join_all(ends).await;
 }
 
 /// Waits until the container's end is noted.

@@ -19,6 +19,7 @@ fn container() -> Arc<Container> {
         created_at: 1,
         state: SandboxState::Ready,
         reason: String::new(),
+        silence: None,
         config: Proto::default(),
         network: None,
     });

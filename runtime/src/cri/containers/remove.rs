@@ -8,6 +8,7 @@ use caisson_proto::{agent, cri};
 use super::super::registry::Container;
 use super::super::{Context, CriError, guest};
 use super::stop;
+use crate::steps::{self, Step};
 use crate::store::ContainerState;
 
 /// Kills a container if it runs and removes every trace of it but its log, which is the client's. Idempotent.
@@ -31,6 +32,7 @@ pub async fn remove(context: &Arc<Context>, container: &Arc<Container>) -> Resul
         )));
     }
     context.registry.save_container(container).await?;
+    steps::done(Step::RemoveRecorded);
     container.exited.send_replace(true);
 
     if let Some(sandbox) = container.pod.sandbox() {
@@ -54,9 +56,12 @@ pub async fn remove(context: &Arc<Context>, container: &Arc<Container>) -> Resul
                 return Err(error);
             }
         }
+        steps::done(Step::AgentRemoved);
         sandbox.forget(&container.id).await?;
     }
+    steps::done(Step::ContainerForgotten);
     if context.registry.delete_container(container).await? {
+        steps::done(Step::RemoveSaved);
         context
             .registry
             .emit(cri::ContainerEventType::ContainerDeletedEvent, container);

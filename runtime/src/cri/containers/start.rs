@@ -9,6 +9,7 @@ use super::super::registry::{Container, now};
 use super::super::{Context, CriError, guest};
 use super::{START_FAILED_CODE, exits, log};
 use crate::sandbox::{Log, Sandbox};
+use crate::steps::{self, Step};
 use crate::store::ContainerState;
 
 /// Descriptors that get a copy of a container's output from its first byte on.
@@ -47,9 +48,11 @@ pub async fn start(
         )));
     }
     context.registry.save_container(container).await?;
+    steps::done(Step::StartRecorded);
 
     match run(container, sandbox.as_ref(), copies).await {
         Ok(()) => {
+            steps::done(Step::AgentStartedContainer);
             container.change(|record| {
                 record.state = ContainerState::Running;
                 record.started_at = now();
@@ -60,7 +63,9 @@ pub async fn start(
                 .emit(cri::ContainerEventType::ContainerStartedEvent, container);
             // Watched even if the record cannot be written: the process runs.
             exits::watch(context, container, sandbox);
-            context.registry.save_container(container).await
+            context.registry.save_container(container).await?;
+            steps::done(Step::StartSaved);
+            Ok(())
         }
         Err(error) => {
             let end = exits::End {
@@ -79,7 +84,8 @@ pub async fn start(
 async fn run(container: &Container, sandbox: &dyn Sandbox, copies: Copies) -> Result<(), CriError> {
     let record = container.record();
     let file = log::open(&record.log_path).await?;
-    sandbox
+    let alone = copies.stdout.is_none() && copies.stderr.is_none();
+    let added = sandbox
         .add_log(Log {
             container_id: container.id.clone(),
             terminal: record.config.0.tty,
@@ -87,7 +93,15 @@ async fn run(container: &Container, sandbox: &dyn Sandbox, copies: Copies) -> Re
             stdout: copies.stdout,
             stderr: copies.stderr,
         })
-        .await?;
+        .await;
+    if let Err(error) = added {
+        // A daemon that died after this point has left the log there, open; only what has one can be attached to.
+        let has_one = alone && sandbox.attach(&container.id, None, None).await.is_ok();
+        if !has_one {
+            return Err(error.into());
+        }
+    }
+    steps::done(Step::LogAdded);
     let mut client = sandbox.agent();
     let request = agent::StartContainerRequest {
         container_id: container.id.clone(),

@@ -8,6 +8,8 @@ use super::super::registry::Container;
 use super::super::spec::signal;
 use super::super::{CriError, guest};
 use super::exits;
+use crate::sandbox::health;
+use crate::steps::{self, Step};
 use crate::store::ContainerState;
 
 /// How long a container may take to be gone after SIGKILL.
@@ -17,18 +19,34 @@ const AFTER_KILL: Duration = Duration::from_secs(15);
 /// that does not run is no error.
 ///
 /// # Errors
-/// DEADLINE_EXCEEDED when it outlives SIGKILL; the pod is then to be stopped.
+/// DEADLINE_EXCEEDED when it outlives SIGKILL, UNAVAILABLE in a pod that does not answer; the pod is then to be stopped.
 pub async fn stop(container: &Container, grace: Duration) -> Result<(), CriError> {
     if container.state() == ContainerState::Starting {
         // A start is bounded in time; what it makes is stopped then.
         drop(container.lifecycle.lock().await);
     }
+    let Some(sandbox) = container.pod.sandbox() else {
+        return end(container, grace).await;
+    };
+    tokio::select! {
+        biased;
+        result = end(container, grace) => result,
+        () = health::silent(sandbox.health()) => Err(CriError::unavailable(format!(
+            "container {} cannot be stopped, because its pod does not answer; stop the pod",
+            container.id
+        ))),
+    }
+}
+
+async fn end(container: &Container, grace: Duration) -> Result<(), CriError> {
     if container.state() != ContainerState::Running {
         return Ok(());
     }
     if !grace.is_zero() {
         let stop_signal = container.record().stop_signal;
-        match send(container, stop_signal, false).await {
+        let sent = send(container, stop_signal, false).await;
+        steps::done(Step::StopSent);
+        match sent {
             Ok(()) if exits::wait_noted(container, grace).await => return Ok(()),
             Ok(()) => tracing::info!(
                 container = container.id,

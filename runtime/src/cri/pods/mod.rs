@@ -1,6 +1,8 @@
 //! Pod sandboxes: run, stop, remove, show, and find again.
 
 mod dns;
+mod health;
+mod reboot;
 mod recover;
 mod remove;
 mod resize;
@@ -60,10 +62,11 @@ fn wants_network(config: &cri::PodSandboxConfig) -> Result<bool, CriError> {
     }
 }
 
-/// The state as the interface knows it. A pod that is being made or stopped cannot be used, so it is not ready.
-pub fn cri_state(state: SandboxState) -> cri::PodSandboxState {
-    match state {
-        SandboxState::Ready => cri::PodSandboxState::SandboxReady,
+/// The state as the interface knows it. A pod that is being made or stopped or that does not answer cannot be used, so
+/// it is not ready.
+pub fn cri_state(record: &SandboxRecord) -> cri::PodSandboxState {
+    match (record.state, &record.silence) {
+        (SandboxState::Ready, None) => cri::PodSandboxState::SandboxReady,
         _ => cri::PodSandboxState::SandboxNotready,
     }
 }

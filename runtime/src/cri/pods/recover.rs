@@ -1,12 +1,21 @@
 //! A daemon that starts finds the pods of the one before it.
 
 use std::sync::Arc;
+use std::time::Duration;
+
+use caisson_vmm_protocol::ExitReason;
+use tokio::sync::watch::Receiver;
 
 use super::super::containers;
 use super::super::registry::{Pod, describe};
 use super::super::{Context, CriError};
-use super::{remove, run, sandbox, stop, watch};
+use super::{reboot, remove, run, sandbox, stop, watch};
+use crate::sandbox::health;
 use crate::store::SandboxState;
+
+/// How long a daemon that starts waits for one pod. A pod that is silent, or a CNI plugin that hangs, must not keep it from
+/// serving the others.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Reads the records, connects to the pods that run, and brings to an end what the last daemon left half done.
 /// Running pods are not touched. When this returns every pod and container is known; ends go on behind it.
@@ -32,6 +41,7 @@ pub async fn recover(context: &Arc<Context>) -> Result<(), CriError> {
             }
         }
     }
+    reboot::note(context).await?;
     let pods = context.registry.pods();
     futures::future::join_all(pods.iter().map(|pod| recover_pod(context, pod))).await;
     Ok(())
@@ -59,21 +69,25 @@ async fn recover_pod(context: &Arc<Context>, pod: &Arc<Pod>) {
     match pod.state() {
         SandboxState::Creating => {
             tracing::info!(pod = pod.id, "a half-made pod is taken back");
-            run::undo(&context, &pod, "the daemon ended while the pod was made").await;
+            let undone = tokio::spawn(async move {
+                let _alone = pod.lifecycle.write().await;
+                run::undo(&context, &pod, "the daemon ended while the pod was made").await;
+            });
+            let _ = tokio::time::timeout(PATIENCE, undone).await;
         }
         SandboxState::Ready => {
             let ended = pod
                 .sandbox()
                 .and_then(|sandbox| sandbox.ended().borrow().as_ref().map(describe));
+            // Also for a pod that has ended: the watch finds out at once and notes it.
+            watch::watch(&context, &pod);
             if ended.is_none() {
-                containers::recover(&context, &pod).await;
+                recover_running(&context, &pod).await;
             } else {
                 for container in context.registry.containers_of(&pod.id) {
                     containers::recover_dead(&context, &container).await;
                 }
             }
-            // Also for a pod that has ended: the watch finds out at once and notes it.
-            watch::watch(&context, &pod);
         }
         SandboxState::NotReady => {
             for container in context.registry.containers_of(&pod.id) {
@@ -93,4 +107,24 @@ async fn recover_pod(context: &Arc<Context>, pod: &Arc<Pod>) {
             });
         }
     }
+}
+
+async fn wait_ended(mut ended: Receiver<Option<ExitReason>>) {
+    let _ = ended.wait_for(Option::is_some).await;
+}
+
+/// Takes up the containers of a pod that runs, once it answers: at once, or behind the caller's back if it is slow.
+async fn recover_running(context: &Arc<Context>, pod: &Arc<Pod>) {
+    let Some(sandbox) = pod.sandbox() else { return };
+    let (context, pod) = (context.clone(), pod.clone());
+    let recovered = tokio::spawn(async move {
+        tokio::select! {
+            () = health::well(sandbox.health()) => {
+                containers::recover(&context, &pod).await;
+            }
+            // Its watch notes the ends.
+            () = wait_ended(sandbox.ended()) => {}
+        }
+    });
+    let _ = tokio::time::timeout(PATIENCE, recovered).await;
 }

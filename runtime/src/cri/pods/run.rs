@@ -13,6 +13,7 @@ use super::{
 use crate::config::HandlerKind;
 use crate::network::PodNetwork;
 use crate::sandbox::{HostNamespaces, SandboxPlan};
+use crate::steps::{self, Step};
 use crate::store::{NetworkRecord, Proto, SandboxRecord, SandboxState};
 use crate::timings::Timings;
 
@@ -44,10 +45,12 @@ pub async fn run(
         created_at: now(),
         state: SandboxState::Creating,
         reason: String::new(),
+        silence: None,
         config: Proto(config),
         network: None,
     };
     let pod = context.registry.create_pod(record).await?;
+    steps::done(Step::RunRecorded);
     let _making = pod.lifecycle.write().await;
     match make(context, &pod).await {
         Ok(()) => {
@@ -179,6 +182,7 @@ async fn make(context: &Arc<Context>, pod: &Arc<Pod>) -> Result<(), CriError> {
     pod.set_sandbox(Some(sandbox));
     pod.change(|record| record.state = SandboxState::Ready);
     context.registry.save_pod(pod).await?;
+    steps::done(Step::RunSaved);
     watch::watch(context, pod);
     Ok(())
 }

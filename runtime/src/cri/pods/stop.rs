@@ -9,6 +9,7 @@ use super::super::containers;
 use super::super::registry::Pod;
 use super::super::{Context, CriError};
 use super::identity;
+use crate::steps::{self, Step};
 use crate::store::SandboxState;
 
 /// How long a guest whose containers are gone may take to power off.
@@ -34,33 +35,26 @@ pub async fn stop(context: &Arc<Context>, pod: &Arc<Pod>) -> Result<(), CriError
                 pod.id
             )));
         }
-        SandboxState::Ready => context.registry.save_pod(pod).await?,
+        SandboxState::Ready => {
+            context.registry.save_pod(pod).await?;
+            steps::done(Step::StopPodRecorded);
+        }
         _ => {}
     }
 
-    let kills: Vec<_> = context
-        .registry
-        .containers_of(&pod.id)
-        .into_iter()
-        .map(|container| async move { containers::stop(&container, Duration::ZERO).await })
-        .collect();
-    for result in futures::future::join_all(kills).await {
-        if let Err(error) = result {
-            // The machine is about to end, and its processes with it.
-            tracing::warn!(pod = pod.id, %error, "a container of the pod did not stop");
-        }
-    }
+    kill_containers(context, pod).await;
+    steps::done(Step::ContainersKilled);
     if let Some(sandbox) = pod.sandbox() {
         sandbox.stop(POWER_OFF).await?;
     }
+    steps::done(Step::SandboxStopped);
     // Whoever was making something in the pod has failed by now and takes it back.
     let _apart = pod.lifecycle.write().await;
     let record = pod.record();
     context.network.teardown(&identity(&record)).await?;
-    for container in context.registry.containers_of(&pod.id) {
-        containers::exits::sandbox_ended(context, &container, "the pod was stopped").await;
-    }
+    containers::exits::all_ended(context, pod, "the pod was stopped").await;
     let (stopped, changed) = pod.change(|record| {
+        record.silence = None;
         let before = (record.state, record.network.is_some());
         if record.state != SandboxState::Removing {
             record.state = SandboxState::NotReady;
@@ -76,6 +70,21 @@ pub async fn stop(context: &Arc<Context>, pod: &Arc<Pod>) -> Result<(), CriError
     }
     if changed {
         context.registry.save_pod(pod).await?;
+        steps::done(Step::StopPodSaved);
     }
     Ok(())
+}
+
+/// Kills the containers, all at once. What does not die here ends with the machine in a moment.
+async fn kill_containers(context: &Context, pod: &Pod) {
+    let kills = context
+        .registry
+        .containers_of(&pod.id)
+        .into_iter()
+        .map(|container| async move { containers::stop(&container, Duration::ZERO).await });
+    for result in futures::future::join_all(kills).await {
+        if let Err(error) = result {
+            tracing::warn!(pod = pod.id, %error, "a container of the pod did not stop");
+        }
+    }
 }

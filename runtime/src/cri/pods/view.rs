@@ -17,7 +17,7 @@ pub fn item(record: &SandboxRecord) -> cri::PodSandbox {
     cri::PodSandbox {
         id: record.id.clone(),
         metadata: config.metadata.clone(),
-        state: cri_state(record.state) as i32,
+        state: cri_state(record) as i32,
         created_at: record.created_at,
         labels: config.labels.clone(),
         annotations: config.annotations.clone(),
@@ -63,7 +63,7 @@ pub fn pod_status(record: &SandboxRecord) -> cri::PodSandboxStatus {
     cri::PodSandboxStatus {
         id: record.id.clone(),
         metadata: config.metadata.clone(),
-        state: cri_state(record.state) as i32,
+        state: cri_state(record) as i32,
         created_at: record.created_at,
         network: Some(cri::PodSandboxNetworkStatus {
             ip: ips.next().unwrap_or_default(),
@@ -83,7 +83,7 @@ pub fn pod_status(record: &SandboxRecord) -> cri::PodSandboxStatus {
 fn details(pod: &Pod, record: &SandboxRecord) -> serde_json::Value {
     serde_json::json!({
         "state": record.state,
-        "reason": record.reason,
+        "reason": record.silence.as_ref().unwrap_or(&record.reason),
         "pid": pod.sandbox().and_then(|sandbox| sandbox.host_pid()),
         "network": record.network,
     })

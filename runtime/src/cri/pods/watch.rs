@@ -3,29 +3,30 @@
 use std::sync::Arc;
 
 use caisson_proto::cri;
+use caisson_vmm_protocol::ExitReason;
 
 use super::super::Context;
 use super::super::containers::exits;
 use super::super::registry::{Pod, describe};
+use super::health;
+use crate::sandbox::Sandbox;
 use crate::store::SandboxState;
 
-/// Watches a pod's sandbox: once it has ended the pod is not ready and its containers have exited, whatever else
-/// happens. Nothing of this waits for the guest.
+/// Watches a pod's sandbox: while it does not answer the pod is not ready, and once it has ended neither is it and
+/// its containers have exited, whatever else happens. Nothing of this waits for the guest.
 // must-test: a dead VMM leaves pods Terminating for ever
 pub fn watch(context: &Arc<Context>, pod: &Arc<Pod>) {
     let Some(sandbox) = pod.sandbox() else { return };
     let (context, pod) = (context.clone(), pod.clone());
     tokio::spawn(async move {
-        let mut ended = sandbox.ended();
-        let reason = match ended.wait_for(Option::is_some).await {
-            Ok(reason) => reason.as_ref().map(describe).unwrap_or_default(),
-            Err(_) => return, // the sandbox is gone: the pod was removed
-        };
+        health::tend(&context, &pod, sandbox.as_ref()).await;
+        let reason = last_words(sandbox.as_ref());
         let by_itself = pod.change(|record| {
             let ready = record.state == SandboxState::Ready;
             if ready {
                 record.state = SandboxState::NotReady;
                 record.reason.clone_from(&reason);
+                record.silence = None;
             }
             ready
         });
@@ -40,8 +41,24 @@ pub fn watch(context: &Arc<Context>, pod: &Arc<Pod>) {
                 None,
             );
         }
-        for container in context.registry.containers_of(&pod.id) {
-            exits::sandbox_ended(&context, &container, &reason).await;
-        }
+        exits::all_ended(&context, &pod, &reason).await;
     });
+}
+
+/// Why a sandbox ended, and what the guest said of it before.
+fn last_words(sandbox: &dyn Sandbox) -> String {
+    let ended = sandbox.ended();
+    let Some(reason) = ended.borrow().clone() else {
+        return String::new();
+    };
+    let why = describe(&reason);
+    let said = match reason {
+        ExitReason::Panicked | ExitReason::Reset => sandbox.last_words(),
+        _ => String::new(),
+    };
+    if said.is_empty() {
+        why
+    } else {
+        format!("{why}; its console ends with: {said}")
+    }
 }

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::{NetworkError, PodIdentity};
+use crate::steps::{self, Step};
 use cache::{Cache, Cached};
 pub use list::NetworkList;
 use list::{Plugin, plugin_type};
@@ -95,6 +96,7 @@ impl Cni {
         // What DEL needs is on disk before anything is done that DEL must undo.
         let mut cached = Cached::new(self.load()?, pod);
         self.cache.save(&pod.id, &cached)?;
+        steps::done(Step::AttachmentKept);
         for plugin in &cached.list.plugins {
             let input = attached(&cached, plugin, &cached.result);
             let output = self.attach("ADD", plugin, &input, pod, netns).await?;
@@ -142,7 +144,10 @@ impl Cni {
         }
         match failed {
             Some(error) => Err(error),
-            None => self.cache.forget(&pod.id),
+            None => {
+                steps::done(Step::AttachmentReleased);
+                self.cache.forget(&pod.id)
+            }
         }
     }
 

@@ -21,12 +21,11 @@ use crate::sandbox::pod::control::{self, Control};
 use crate::sandbox::pod::dir::PodDir;
 use crate::sandbox::pod::{Fds, process, scratch};
 use crate::sandbox::{Sandbox, SandboxError, SandboxPlan, Scratch, agent, take_back};
+use crate::steps::{self, Step};
 use crate::timings::Timings;
 
 /// How long the agent may take until it listens.
 const AGENT_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long the agent may take to set up the sandbox.
-const SETUP_TIMEOUT: Duration = Duration::from_secs(60);
 
 impl Host {
     /// Makes the pod's directories and cgroup, starts its agent and its pod process, and lets the agent set up the
@@ -57,6 +56,7 @@ impl Host {
                 .step("set up sandbox", set_up(&host, plan))
                 .await
                 .map_err(error("set up the sandbox on the host"))?;
+            steps::done(Step::AgentReady);
             Ok(host)
         }
         .await;
@@ -80,12 +80,15 @@ async fn spawn(plan: &SandboxPlan, config: &HostConfig, dir: &PodDir) -> io::Res
     };
     let template = usual.then(|| config.pod.data_dir.clone());
     scratch::create(template, dir.scratch(), bytes).await?;
+    steps::done(Step::ScratchMade);
     tokio::task::spawn_blocking(move || {
         for path in [dir.agent(), dir.agent_root()] {
             DirBuilder::new().recursive(true).mode(0o700).create(path)?;
         }
         let groups = cgroup::create(&dir, &config.pod, &parent)?;
+        steps::done(Step::GroupsMade);
         let agent = start_agent(&config, &dir, &groups, arguments)?;
+        steps::done(Step::AgentStarted);
         join(&id, &config, &dir, &groups, agent)
     })
     .await?
@@ -200,7 +203,10 @@ fn join(
         cgroup::join(&groups.process, pid)
     })?;
     match control::exchange(socket, &Request::Join(Box::new(request)), &fds.0) {
-        Ok(Reply::Done) => Ok(()),
+        Ok(Reply::Done) => {
+            steps::done(Step::ProcessAtWork);
+            Ok(())
+        }
         Ok(Reply::Error { message }) => Err(io::Error::other(message)),
         Ok(Reply::Status(_) | Reply::LayerPlace { .. }) => {
             Err(io::Error::other(control::ControlError::Confused))
@@ -238,12 +244,7 @@ async fn set_up(host: &Host, plan: &SandboxPlan) -> io::Result<()> {
         user_namespace: agent::user_namespace(plan.ids.as_ref()),
         ..Default::default()
     };
-    let mut client = host.agent();
-    tokio::time::timeout(SETUP_TIMEOUT, client.setup_sandbox(request))
-        .await
-        .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
-        .map_err(|status| io::Error::other(status.message().to_owned()))?;
-    Ok(())
+    agent::set_up(host.agent(), request).await
 }
 
 /// A new file for root only.

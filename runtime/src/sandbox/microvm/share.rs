@@ -17,6 +17,7 @@ use super::tree::Tree;
 use crate::mounts;
 use crate::sandbox::pod::dir::PodDir;
 use crate::sandbox::{SandboxError, SharedVolume, VolumeOptions};
+use crate::steps::{self, Step};
 
 /// Where the guest mounts the share.
 pub const GUEST_PATH: &str = "/run/caisson/share";
@@ -124,6 +125,7 @@ impl Share {
     fn attach(&self, tree: &Tree, place: &str) -> io::Result<()> {
         let point = self.dir.share_source().join(place);
         tree.make_point(&point)?;
+        steps::done(Step::VolumePlaceMade);
         let inside = Path::new("/").join(place);
         let attached = namespace::run(&self.dir, || tree.attach(&inside))
             .and_then(|done| done.ok_or_else(|| io::Error::other("the pod process has ended")));

@@ -21,6 +21,7 @@ use crate::sandbox::pod::control::{self, Control};
 use crate::sandbox::pod::dir::PodDir;
 use crate::sandbox::pod::{Fds, cgroup, process, scratch};
 use crate::sandbox::{Sandbox, SandboxError, SandboxPlan, Scratch, agent, take_back};
+use crate::steps::{self, Step};
 use crate::timings::Timings;
 
 /// The tag of the virtio-fs share.
@@ -33,8 +34,6 @@ const GUEST_CID: u32 = 3;
 const CONSOLE_LIMIT: u64 = 1 << 20;
 /// How much entropy a guest is given at its start, in bytes.
 const ENTROPY: usize = 64;
-/// How long the agent may take to set up the sandbox.
-const SETUP_TIMEOUT: Duration = Duration::from_secs(60);
 /// The kernel command line: serial console, no time spent on probing what a guest does not have, and a panic
 /// ends the machine. What fails before there is a console is told all the same.
 const CMDLINE: &str = "console=ttyS0 earlyprintk=ttyS0,115200 quiet panic=-1 reboot=t \
@@ -104,6 +103,7 @@ impl MicroVm {
                 .step("set up sandbox in guest", set_up(&vm, plan))
                 .await
                 .map_err(error("set up the sandbox in the guest"))?;
+            steps::done(Step::AgentReady);
             vm.note_spans(boot_began).await;
             Ok(vm)
         }
@@ -144,6 +144,7 @@ async fn prepare(
 ) -> io::Result<Parts> {
     dir.create()?;
     let share_root = share.create()?;
+    steps::done(Step::ShareMade);
     let scratch = match plan.scratch {
         Scratch::Memory { .. } => None,
         Scratch::Disk { bytes, usual } => {
@@ -157,6 +158,7 @@ async fn prepare(
             )
         }
     };
+    steps::done(Step::ScratchMade);
     Ok(Parts {
         share_root,
         scratch,
@@ -235,7 +237,10 @@ async fn boot(
     })
     .await??;
     match reply {
-        Reply::Done => Ok(()),
+        Reply::Done => {
+            steps::done(Step::ProcessAtWork);
+            Ok(())
+        }
         Reply::Error { message } => Err(io::Error::other(message)),
         Reply::Status(_) | Reply::LayerPlace { .. } => {
             Err(io::Error::other(control::ControlError::Confused))
@@ -283,13 +288,11 @@ async fn wait_for_agent(control: &Control, dir: &PodDir, limit: Duration) -> io:
             format!("its agent did not answer within {} s", limit.as_secs()),
         ),
     };
-    let console = dir.console_tail();
-    let lines: Vec<_> = console.trim().lines().rev().take(5).collect();
-    let last: Vec<_> = lines.into_iter().rev().map(str::trim).collect();
+    let last = dir.last_words();
     let said = if last.is_empty() {
         format!("{why}, and its console is empty")
     } else {
-        format!("{why}; its console ends with: {}", last.join(" / "))
+        format!("{why}; its console ends with: {last}")
     };
     Err(io::Error::new(kind, said))
 }
@@ -328,12 +331,7 @@ async fn set_up(vm: &MicroVm, plan: &SandboxPlan) -> io::Result<()> {
         shared_pid_namespace: plan.shared_pid_namespace,
         user_namespace: agent::user_namespace(plan.ids.as_ref()),
     };
-    let mut agent = vm.agent();
-    tokio::time::timeout(SETUP_TIMEOUT, agent.setup_sandbox(request))
-        .await
-        .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
-        .map_err(|status| io::Error::other(status.message().to_owned()))?;
-    Ok(())
+    agent::set_up(vm.agent(), request).await
 }
 
 /// The routes as the agent is told them.

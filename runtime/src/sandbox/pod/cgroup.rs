@@ -13,6 +13,8 @@ use super::PodConfig;
 use super::dir::PodDir;
 
 const ROOT: &str = "/sys/fs/cgroup";
+/// The group of the pod process of a pod on the host.
+const PROCESS: &str = "process";
 /// The group of what ends with a pod on the host.
 const SANDBOX: &str = "sandbox";
 /// Controllers without which a pod on the host has no limits and no figures.
@@ -90,7 +92,7 @@ pub fn create(dir: &PodDir, config: &PodConfig, parent: &str) -> io::Result<Grou
     }
     let path = note(dir, config, parent)?;
     let groups = Groups {
-        process: path.join("process"),
+        process: path.join(PROCESS),
         sandbox: path.join(SANDBOX),
     };
     for group in [&groups.process, &groups.sandbox] {
@@ -139,6 +141,22 @@ pub fn kill(dir: &PodDir) -> io::Result<()> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(e) => Err(about(&file, &e)),
     }
+}
+
+/// Whether the kernel has killed the pod process for want of memory.
+pub fn ran_out_of_memory(dir: &PodDir) -> bool {
+    let Ok(path) = fs::read_to_string(dir.cgroup()) else {
+        return false;
+    };
+    // A pod on the host has its containers in groups beside that of its pod process.
+    let group = Path::new(&path);
+    let events = fs::read_to_string(group.join(PROCESS).join("memory.events"))
+        .or_else(|_| fs::read_to_string(group.join("memory.events")))
+        .unwrap_or_default();
+    let mut kills = events
+        .lines()
+        .filter_map(|line| line.strip_prefix("oom_kill "));
+    kills.any(|count| count != "0")
 }
 
 /// Kills what is left in the pod's cgroup and removes it, if it has one. Idempotent.

@@ -4,20 +4,28 @@ use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use caisson_vmm_protocol::{
-    Channel, ChannelError, Event, ExitReason, FdIndex, MAX_FRAME, PROTOCOL_VERSION, Reply, Request,
-    VmStatus,
+    Channel, ChannelError, Event, ExitReason, FdIndex, PROTOCOL_VERSION, Reply, Request, VmStatus,
 };
-use tokio::io::AsyncReadExt;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
 use super::dir::PodDir;
+use super::line::Line;
+use super::{cgroup, process};
 
-/// How long the pod process may take to answer.
+/// How long the pod process may take to do what it is asked.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long it may take to answer what costs it nothing.
+const PROMPT: Duration = Duration::from_secs(3);
+/// The pause before a pod process that did not let itself be watched is asked again.
+const WATCH_AGAIN: Duration = Duration::from_millis(100);
+/// The question how it does, which says who asks.
+const STATUS: Request = Request::Status {
+    version: PROTOCOL_VERSION,
+};
 /// The most containers whose drained logs are remembered.
 const MAX_DRAINED: usize = 4096;
 
@@ -47,42 +55,33 @@ pub struct Control {
     socket: PathBuf,
     ready: watch::Receiver<bool>,
     drained: watch::Receiver<BTreeSet<String>>,
-    ended: watch::Receiver<Option<ExitReason>>,
+    ended: watch::Sender<Option<ExitReason>>,
 }
 
 impl Control {
-    /// Connects to the pod process and watches it. One that cannot be reached has ended.
+    /// Connects to the pod process and watches it. One that is gone has ended; one that is there and does not answer is
+    /// asked again for as long as it is there.
     pub async fn watch(id: &str, dir: &PodDir) -> Self {
         let (ready_in, ready) = watch::channel(false);
         let (drained_in, drained) = watch::channel(BTreeSet::new());
-        let (ended_in, ended) = watch::channel(None);
+        let ended = watch::Sender::new(None);
         let facts = Facts {
             id: id.to_owned(),
             ready: ready_in,
             drained: drained_in,
         };
-        let socket = dir.control();
-        let watching = async {
-            tokio::time::timeout(REPLY_TIMEOUT, begin_watch(&socket))
-                .await
-                .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
-        };
-        match watching.await {
-            Err(error) => {
-                tracing::debug!(pod = id, %error, "the pod process cannot be watched");
-                ended_in.send_replace(Some(read_exit(dir)));
-            }
-            Ok(stream) => {
-                let dir = dir.clone();
-                tokio::spawn(async move {
-                    let reason = facts.follow(stream).await;
-                    let reason = reason.unwrap_or_else(|| read_exit(&dir));
-                    ended_in.send_replace(Some(reason));
-                });
-            }
-        }
+        let (tell, tried) = oneshot::channel::<()>();
+        let (watched, note) = (dir.clone(), ended.clone());
+        tokio::spawn(async move {
+            let mut tell = Some(tell);
+            let reason = facts.follow(&watched, &mut tell).await;
+            note_end(&note, reason);
+            drop(tell);
+        });
+        // A pod process that does not answer must not hold up who finds it: it is not the only one.
+        let _ = tokio::time::timeout(PROMPT, tried).await;
         Self {
-            socket,
+            socket: dir.control(),
             ready,
             drained,
             ended,
@@ -91,7 +90,12 @@ impl Control {
 
     /// `None` while the machine runs, then why it ended.
     pub fn ended(&self) -> watch::Receiver<Option<ExitReason>> {
-        self.ended.clone()
+        self.ended.subscribe()
+    }
+
+    /// Notes that the pod process was killed, without waiting for what its socket says.
+    pub fn killed(&self) {
+        note_end(&self.ended, ExitReason::Killed);
     }
 
     /// Waits until the agent has said that it listens. False when the machine ended or the time is over.
@@ -114,6 +118,14 @@ impl Control {
     /// Sends a request that carries no descriptor.
     pub async fn ask(&self, request: Request) -> Result<(), ControlError> {
         self.request(request, Vec::new(), []).await
+    }
+
+    /// Sends a request that a pod process which is well answers at once.
+    pub async fn ask_promptly(&self, request: &Request) -> Result<Reply, ControlError> {
+        let answer = async { Line::connect(&self.socket).await?.ask(request).await };
+        tokio::time::timeout(PROMPT, answer)
+            .await
+            .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
     }
 
     /// Sends a request; `held` are the owners of `fds`, kept until the answer is there.
@@ -146,13 +158,9 @@ impl Control {
 
     /// How the machine does.
     pub async fn status(&self) -> Result<VmStatus, ControlError> {
-        let request = Request::Status {
-            version: PROTOCOL_VERSION,
-        };
-        match self.exchange(request, Vec::new(), []).await? {
+        match self.ask_promptly(&STATUS).await? {
             Reply::Status(status) => Ok(status),
-            Reply::Error { message } => Err(ControlError::Refused(message)),
-            Reply::Done | Reply::LayerPlace { .. } => Err(ControlError::Confused),
+            _ => Err(ControlError::Confused),
         }
     }
 
@@ -175,6 +183,27 @@ impl Control {
     }
 }
 
+/// Asks a pod process again and again whether it is there, over one connection.
+#[derive(Debug, Default)]
+pub struct Ping(Option<Line>);
+
+impl Ping {
+    /// Waits for an answer, for as long as it takes.
+    ///
+    /// # Errors
+    /// [`ControlError::Refused`] by one that speaks another protocol; the connection's, after which the next question
+    /// gets another.
+    pub async fn ask(&mut self, control: &Control) -> Result<(), ControlError> {
+        let mut line = match self.0.take() {
+            Some(line) => line,
+            None => Line::connect(&control.socket).await?,
+        };
+        line.ask(&STATUS).await?;
+        self.0 = Some(line);
+        Ok(())
+    }
+}
+
 /// Sends one request and takes its answer.
 pub fn exchange(
     stream: UnixStream,
@@ -186,6 +215,15 @@ pub fn exchange(
     let mut channel = Channel::new(stream);
     channel.send(request, fds)?;
     Ok(channel.recv::<Reply>()?.message)
+}
+
+/// Notes an end. What is heard after it is its consequence.
+fn note_end(ended: &watch::Sender<Option<ExitReason>>, reason: ExitReason) {
+    ended.send_if_modified(|noted| {
+        let first = noted.is_none();
+        noted.get_or_insert(reason);
+        first
+    });
 }
 
 /// Waits at most `limit` for the end.
@@ -204,31 +242,53 @@ struct Facts {
 }
 
 impl Facts {
-    /// Takes in events until the machine ends; `None` if the pod process was gone before it could say why.
-    async fn follow(&self, mut stream: tokio::net::UnixStream) -> Option<ExitReason> {
+    /// Watches until the pod ends. `tell` is dropped once the pod process is watched.
+    async fn follow(&self, dir: &PodDir, tell: &mut Option<oneshot::Sender<()>>) -> ExitReason {
         loop {
-            match read_event(&mut stream).await {
-                Ok(Event::AgentReady) => {
+            let told = async {
+                let mut line = Line::connect(&dir.control()).await?;
+                match line.ask(&Request::Watch).await? {
+                    Reply::Done => {}
+                    _ => return Err(ControlError::Confused),
+                }
+                tell.take();
+                self.take_in(&mut line).await
+            };
+            match told.await {
+                Ok(reason) => return reason,
+                Err(error) => {
+                    tracing::debug!(pod = self.id, %error, "the pod process is not watched");
+                }
+            }
+            // Asked after the connection broke, so that what it wrote last is there.
+            if process::find(dir).is_none() {
+                return read_exit(dir);
+            }
+            tokio::time::sleep(WATCH_AGAIN).await;
+        }
+    }
+
+    /// Takes in events until the one that says how the pod ended.
+    async fn take_in(&self, line: &mut Line) -> Result<ExitReason, ControlError> {
+        loop {
+            match line.next().await? {
+                Event::AgentReady => {
                     self.ready.send_replace(true);
                 }
-                Ok(Event::LogDrained { container_id }) => {
+                Event::LogDrained { container_id } => {
                     self.drained.send_modify(|set| {
                         if set.len() < MAX_DRAINED {
                             set.insert(container_id);
                         }
                     });
                 }
-                Ok(Event::LogFailed {
+                Event::LogFailed {
                     container_id,
                     message,
-                }) => {
+                } => {
                     tracing::error!(pod = self.id, container = container_id, "{message}");
                 }
-                Ok(Event::Exited(reason)) => return Some(reason),
-                Err(error) => {
-                    tracing::debug!(pod = self.id, %error, "the pod process is no longer watched");
-                    return None;
-                }
+                Event::Exited(reason) => return Ok(reason),
             }
         }
     }
@@ -243,48 +303,21 @@ pub async fn follow(stream: tokio::net::UnixStream) -> (BTreeSet<String>, Option
         ready: watch::channel(false).0,
         drained: watch::channel(BTreeSet::new()).0,
     };
-    let reason = facts.follow(stream).await;
+    let reason = facts.take_in(&mut Line::from(stream)).await.ok();
     let drained = facts.drained.borrow().clone();
     (drained, reason)
 }
 
-async fn begin_watch(socket: &Path) -> io::Result<tokio::net::UnixStream> {
-    let socket = socket.to_owned();
-    let stream = tokio::task::spawn_blocking(move || {
-        let stream = UnixStream::connect(socket)?;
-        let reply = exchange(stream.try_clone()?, &Request::Watch, &[]);
-        match reply {
-            Ok(Reply::Done) => {
-                stream.set_read_timeout(None)?;
-                stream.set_nonblocking(true)?;
-                Ok(stream)
-            }
-            Ok(other) => Err(io::Error::other(format!("{other:?}"))),
-            Err(error) => Err(io::Error::other(error.to_string())),
-        }
-    })
-    .await??;
-    tokio::net::UnixStream::from_std(stream)
-}
-
-async fn read_event(stream: &mut tokio::net::UnixStream) -> io::Result<Event> {
-    let length = stream.read_u32_le().await? as usize;
-    if length > MAX_FRAME {
-        return Err(io::Error::other(ChannelError::TooLong(length).to_string()));
-    }
-    let mut body = vec![0; length];
-    stream.read_exact(&mut body).await?;
-    Ok(serde_json::from_slice(&body)?)
-}
-
-/// Why a pod process that is gone ended, as it wrote it down.
+/// Why a pod process that is gone ended: as it wrote it down, or else by what it left.
 fn read_exit(dir: &PodDir) -> ExitReason {
     let written = std::fs::read(dir.exit()).unwrap_or_default();
     serde_json::from_slice(&written).unwrap_or_else(|_| {
         let said = dir.vmm_tail();
         let said = said.trim().lines().next_back().unwrap_or_default();
-        ExitReason::InternalError(if said.is_empty() {
-            "the pod process died without saying why".into()
+        ExitReason::InternalError(if cgroup::ran_out_of_memory(dir) {
+            "the kernel killed the pod process for want of memory in its control group".into()
+        } else if said.is_empty() {
+            "the pod process was killed, and could not say why".into()
         } else {
             format!("the pod process died; its last words: {said}")
         })

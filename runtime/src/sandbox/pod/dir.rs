@@ -9,13 +9,18 @@ use caisson_vmm_protocol::{AGENT_SOCKET, STREAM_SOCKET};
 
 use super::{PodConfig, SandboxError};
 use crate::mounts;
+use crate::steps::{self, Step};
 
 /// How much of an ID names the pod's directory: enough to be unique, short enough for a socket's path.
 const SHORT_ID: usize = 24;
 /// The longest path of a unix socket, its final NUL not counted (unix(7)).
 const MAX_SOCKET_PATH: usize = 107;
 /// How much of the console's end is shown to a person.
-const TAIL: u64 = 2048;
+const TAIL: u64 = 4096;
+/// How many of its lines.
+const LAST_LINES: usize = 12;
+/// How a guest's kernel says that it cannot go on.
+const PANIC: &str = "Kernel panic";
 
 /// A pod's directories.
 #[derive(Clone, Debug)]
@@ -60,6 +65,7 @@ impl PodDir {
                 .create(path)
                 .map_err(|e| io::Error::other(format!("{}: {e}", path.display())))?;
         }
+        steps::done(Step::DirectoriesMade);
         Ok(())
     }
 
@@ -144,6 +150,22 @@ impl PodDir {
         tail(&self.console()).unwrap_or_default()
     }
 
+    /// The console's last lines in one, fit to be shown; of a kernel that panicked, from there on.
+    pub fn last_words(&self) -> String {
+        let console = self.console_tail();
+        let lines: Vec<_> = console.lines().map(str::trim).collect();
+        let panicked = lines.iter().rposition(|line| line.contains(PANIC));
+        let from = panicked.unwrap_or_else(|| lines.len().saturating_sub(LAST_LINES));
+        let last: Vec<String> = lines[from..]
+            .iter()
+            .filter(|line| !line.is_empty())
+            .take(LAST_LINES)
+            // It is the guest's word.
+            .map(|line| line.chars().filter(|c| !c.is_control()).collect())
+            .collect();
+        last.join(" / ")
+    }
+
     /// The end of what the pod process said; empty if it said nothing.
     pub fn vmm_tail(&self) -> String {
         tail(&self.vmm_log()).unwrap_or_default()
@@ -163,6 +185,9 @@ impl PodDir {
                 match fs::remove_dir_all(path) {
                     Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
                     _ => {}
+                }
+                if path == &dir.state {
+                    steps::done(Step::StateRemoved);
                 }
             }
             Ok(())
@@ -203,6 +228,15 @@ mod tests {
         fs::write(dir.console(), "x".repeat(5000) + "end").unwrap();
         assert!(dir.console_tail().ends_with("end"));
         assert_eq!(dir.console_tail().len() as u64, TAIL);
+        let many: String = (0..30).map(|n| format!("line {n}\r\n")).collect();
+        fs::write(dir.console(), &many).unwrap();
+        assert!(dir.last_words().starts_with("line 18 / line 19 / "));
+        let panic = format!("{many}\x1b[1mKernel panic - not syncing: x\nCPU: 0\n");
+        fs::write(dir.console(), panic).unwrap();
+        assert_eq!(
+            dir.last_words(),
+            "[1mKernel panic - not syncing: x / CPU: 0"
+        );
         dir.remove().await.unwrap();
         assert!(!dir.state.exists() && !dir.data.exists());
         dir.remove().await.unwrap();

@@ -4,6 +4,8 @@
 pub mod cgroup;
 pub mod control;
 pub mod dir;
+pub mod health;
+mod line;
 pub mod process;
 pub mod scratch;
 
@@ -19,8 +21,13 @@ use tonic::transport::Channel;
 
 use super::agent::{self, Address};
 use super::{Log, SandboxError, StreamKind};
+use crate::steps::{self, Step};
 use control::Control;
 use dir::PodDir;
+use health::Health;
+
+/// How long a pod process may take to be gone after it was told to.
+const AFTER_KILL: Duration = Duration::from_secs(2);
 
 /// What the pods of this node have in common.
 #[derive(Clone, Debug)]
@@ -47,6 +54,7 @@ pub struct PodProcess {
     pub dir: PodDir,
     /// Its control socket.
     pub control: Control,
+    health: watch::Sender<Health>,
     address: Address,
     client: AgentClient<Channel>,
 }
@@ -58,6 +66,7 @@ impl PodProcess {
             id: id.to_owned(),
             control: Control::watch(id, &dir).await,
             dir,
+            health: watch::Sender::default(),
             client: agent::client(address.clone()),
             address,
         }
@@ -80,6 +89,11 @@ impl PodProcess {
     /// `None` while it runs, then why it ended.
     pub fn ended(&self) -> watch::Receiver<Option<ExitReason>> {
         self.control.ended()
+    }
+
+    /// How it does, once [`health::tend`] asks.
+    pub fn health(&self) -> watch::Receiver<Health> {
+        self.health.subscribe()
     }
 
     /// Its process ID.
@@ -182,20 +196,26 @@ impl PodProcess {
             .map_err(|e| self.error("close the container's log", e))
     }
 
-    /// Ends the pod: in order within `grace`, then by force. Idempotent; always ends.
+    /// Ends the pod: in order within `grace`, then by force. Who does not answer is not asked. Idempotent; always ends.
     pub async fn stop(&self, grace: Duration) -> Result<(), SandboxError> {
         let mut ended = self.ended();
         if ended.borrow().is_some() && self.pid().is_none() {
             return Ok(());
         }
-        // A pod process that does not listen is ended by force below.
-        let asked = self.control.ask(Request::Shutdown).await;
-        let grace = if asked.is_ok() { grace } else { Duration::ZERO };
-        if !control::wait_ended(&mut ended, grace).await {
-            tracing::info!(pod = self.id, "the pod did not end in time");
-            if self.control.ask(Request::Kill).await.is_ok() {
-                control::wait_ended(&mut ended, Duration::from_secs(2)).await;
+        let in_order = async {
+            let asked = self.control.ask_promptly(&Request::Shutdown).await;
+            let grace = if asked.is_ok() { grace } else { Duration::ZERO };
+            if !control::wait_ended(&mut ended, grace).await {
+                tracing::info!(pod = self.id, "the pod did not end in time");
+                if self.control.ask_promptly(&Request::Kill).await.is_ok() {
+                    control::wait_ended(&mut ended, AFTER_KILL).await;
+                }
             }
+        };
+        tokio::select! {
+            biased;
+            () = health::silent(self.health()) => {}
+            () = in_order => {}
         }
         self.end().await
     }
@@ -204,7 +224,9 @@ impl PodProcess {
     pub async fn end(&self) -> Result<(), SandboxError> {
         process::end(&self.dir)
             .await
-            .map_err(|e| self.error("end", e))
+            .map_err(|e| self.error("end", e))?;
+        self.control.killed();
+        Ok(())
     }
 
     /// Removes the pod's cgroup and directories. Idempotent.
@@ -212,6 +234,7 @@ impl PodProcess {
         cgroup::remove(&self.dir)
             .await
             .map_err(|e| self.error("remove its cgroup", e))?;
+        steps::done(Step::GroupRemoved);
         self.dir
             .remove()
             .await

@@ -15,6 +15,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, dup2_raw, setsid};
 
 use super::dir::PodDir;
+use crate::steps::{self, Step};
 
 /// Starts `caisson-vmm` in a session of its own: it outlives the daemon. `place` puts the new process into its cgroup.
 /// Returns the daemon's end of its control socket.
@@ -59,12 +60,17 @@ pub fn start(
     let mut child = command
         .spawn()
         .map_err(|e| io::Error::other(format!("{} cannot be run: {e}", vmm.display())))?;
-    let placed = note_pid(dir, child.id()).and_then(|()| place(child.id()));
+    steps::done(Step::ProcessStarted);
+    let placed = note_pid(dir, child.id()).and_then(|()| {
+        steps::done(Step::ProcessNoted);
+        place(child.id())
+    });
     if let Err(error) = placed {
         let _ = child.kill();
         let _ = child.wait();
         return Err(error);
     }
+    steps::done(Step::ProcessPlaced);
     reap(child)?;
     Ok(ours)
 }
@@ -84,6 +90,27 @@ pub fn find(dir: &PodDir) -> Option<u32> {
     let (pid, started) = noted.trim().split_once(' ')?;
     let pid: u32 = pid.parse().ok()?;
     (start_time(pid)? == started).then_some(pid)
+}
+
+/// Whether a signal has stopped the pod process, so that nothing of it runs (proc(5), field 3 of stat).
+pub fn is_stopped(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
+    state.starts_with(['T', 't'])
+}
+
+/// How long any thread of a process has waited for a CPU, in all: the longest of them.
+pub fn waited_for_cpu(pid: u32) -> Duration {
+    let threads = fs::read_dir(format!("/proc/{pid}/task"));
+    let waits = threads
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|thread| {
+            let text = fs::read_to_string(thread.path().join("schedstat")).ok()?;
+            text.split(' ').nth(1)?.parse().ok()
+        });
+    Duration::from_nanos(waits.max().unwrap_or(0))
 }
 
 /// Ends the pod process by force, if it still runs, and waits until it is gone. Idempotent.
@@ -123,6 +150,22 @@ fn start_time(pid: u32) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_stopped_process_is_told_from_one_that_sleeps() {
+        let mut child = Command::new("sleep").arg("600").spawn().unwrap();
+        let pid = Pid::from_raw(child.id() as i32);
+        assert!(!is_stopped(child.id()));
+        kill(pid, Signal::SIGSTOP).unwrap();
+        while !is_stopped(child.id()) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let waited = waited_for_cpu(child.id());
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(waited_for_cpu(child.id()), waited, "it waits for no CPU");
+        kill(pid, Signal::SIGKILL).unwrap();
+        child.wait().unwrap();
+    }
 
     #[test]
     fn start_times_tell_processes_apart() {

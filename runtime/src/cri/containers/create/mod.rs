@@ -14,6 +14,7 @@ use super::{image_volumes, volumes};
 use crate::config::HandlerKind;
 use crate::image::Image;
 use crate::sandbox::Sandbox;
+use crate::steps::{self, Step};
 use crate::store::{ContainerState, UserRecord};
 
 /// The most supplementary groups that are taken from a guest's word.
@@ -44,6 +45,7 @@ pub async fn create(
         .registry
         .create_container(record, pod.clone())
         .await?;
+    steps::done(Step::CreateRecorded);
     match make(
         context,
         &container,
@@ -134,6 +136,7 @@ async fn make(
 
     let memory_volumes = volumes::Checked::memory_volumes(&host_paths);
     let shared = volumes::share(sandbox, &container.id, host_paths).await?;
+    steps::done(Step::VolumesShared);
     input.volumes = &shared;
     let spec = spec::build(&input)?;
     let layers = share_layers(context, sandbox, image).await?;
@@ -158,6 +161,7 @@ async fn make(
         client.create_container(request),
     )
     .await?;
+    steps::done(Step::AgentCreated);
     container.change(|record| {
         record.process = process;
         record.guest_pid = made.pid;
@@ -168,7 +172,9 @@ async fn make(
         });
         record.state = ContainerState::Created;
     });
-    context.registry.save_container(container).await
+    context.registry.save_container(container).await?;
+    steps::done(Step::CreateSaved);
+    Ok(())
 }
 
 /// What a container on the host gets of it.

@@ -1,0 +1,254 @@
+//! A daemon that is killed at every step of every call that changes something: the next one brings the node to order, and
+//! the call can be made again.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use caisson::steps::{self, Step};
+use caisson_proto::cri;
+use caisson_tests::{Container, ContainerOptions, Node, NodeOptions, Pod, PodOptions, read_log};
+use cri::ContainerState;
+
+/// Says that it began, and ends as it is asked to, with a code of its own.
+const SCRIPT: &str = "echo begun; trap 'exit 7' TERM; sleep 100000 & wait";
+
+// must-test: a non-idempotent create leaks VMs; crash-looping containers leak resource accounting
+#[tokio::test(flavor = "multi_thread")]
+async fn a_microvm_survives_or_vanishes_whole() {
+    let Some(mut walk) = Walk::begin("microvm").await else {
+        return;
+    };
+    let pod = walk.run(&[steps::RUN_MICROVM, steps::RUN]).await;
+    walk.create(&pod).await;
+    walk.start(&pod).await;
+    walk.stop(&pod).await;
+    walk.remove(&pod).await;
+    walk.take_apart(&pod).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_on_the_host_survives_or_vanishes_whole() {
+    let Some(mut walk) = Walk::begin("host").await else {
+        return;
+    };
+    let pod = walk.run(&[steps::RUN_HOST, steps::RUN]).await;
+    walk.take_apart(&pod).await;
+}
+
+/// A node whose daemon dies at one step after another.
+struct Walk {
+    node: Node,
+    handler: &'static str,
+}
+
+impl Walk {
+    async fn begin(handler: &'static str) -> Option<Self> {
+        let options = NodeOptions {
+            daemon: Some(env!("CARGO_BIN_EXE_caisson-failpoints").into()),
+            allow_host: true,
+            ..NodeOptions::default()
+        };
+        let node = Node::start_with(options).await?;
+        Some(Self { node, handler })
+    }
+
+    /// A new daemon, which dies at this step.
+    async fn armed(&mut self, step: Step) {
+        self.node.kill_daemon();
+        self.node.start_again(Some(&format!("{step:?}")));
+        self.node.wait_until_serving().await;
+    }
+
+    /// The call that was made has not lived to its answer.
+    async fn is_cut<T>(&mut self, answer: Result<T, tonic::Status>, step: Step) {
+        assert!(answer.is_err(), "the daemon lived through {step:?}");
+        self.node.wait_for_death().await;
+    }
+
+    /// RunPodSandbox with the same name again and again. The pod of the last step is there in the end.
+    async fn run(&mut self, steps: &[&[Step]]) -> Pod {
+        let options = PodOptions {
+            handler: self.handler.into(),
+            ..PodOptions::default()
+        };
+        for step in steps.iter().copied().flatten() {
+            self.armed(*step).await;
+            assert!(self.pods().await.is_empty(), "before {step:?}");
+            self.node.assert_nothing_left().await;
+            let answer = self.node.pod_with("crash", options.clone()).await;
+            self.is_cut(answer, *step).await;
+        }
+        self.node.restart().await;
+        let pods = self.pods().await;
+        assert_eq!(pods.len(), 1, "{pods:?}");
+        assert_eq!(pods[0].state(), cri::PodSandboxState::SandboxReady);
+        // What another client asks for meanwhile is refused, with the ID that has the name.
+        let twice = self.node.pod_with("crash", options).await.unwrap_err();
+        assert_eq!(twice.code(), tonic::Code::AlreadyExists, "{twice}");
+        assert!(twice.message().contains(&pods[0].id), "{twice}");
+        Pod {
+            id: pods[0].id.clone(),
+            config: cri::PodSandboxConfig {
+                log_directory: self.node.dir().join("logs/crash").display().to_string(),
+                ..cri::PodSandboxConfig::default()
+            },
+        }
+    }
+
+    /// CreateContainer with the same name and a volume again and again.
+    async fn create(&mut self, pod: &Pod) {
+        let volume = self.node.dir().join("volume");
+        fs::create_dir(&volume).unwrap();
+        let options = ContainerOptions {
+            mounts: vec![cri::Mount {
+                host_path: volume.display().to_string(),
+                container_path: "/volume".into(),
+                ..cri::Mount::default()
+            }],
+            ..ContainerOptions::default()
+        };
+        for step in steps::CREATE {
+            self.armed(*step).await;
+            assert!(self.containers().await.is_empty(), "before {step:?}");
+            assert_eq!(self.volumes(), 0, "before {step:?}");
+            let answer = self
+                .node
+                .create(pod, "created", SCRIPT, options.clone())
+                .await;
+            self.is_cut(answer, *step).await;
+        }
+        self.node.restart().await;
+        let all = self.containers().await;
+        assert_eq!(all.len(), 1, "{all:?}");
+        assert_eq!(all[0].state(), ContainerState::ContainerCreated);
+        assert_eq!(self.volumes(), 1);
+        self.node.remove_container(&all[0].id).await;
+        assert_eq!(self.volumes(), 0);
+    }
+
+    /// StartContainer: until the process runs it can be called again, and then it is not needed any more.
+    async fn start(&mut self, pod: &Pod) {
+        for step in steps::START {
+            let name = format!("{step:?}");
+            let container = self.made(pod, &name).await;
+            self.armed(*step).await;
+            let answer = self.node.start_container(&container).await;
+            self.is_cut(answer, *step).await;
+            self.node.restart().await;
+            if self.node.status(&container).await.state() == ContainerState::ContainerCreated {
+                self.node.start_container(&container).await.unwrap();
+            }
+            let state = self.node.status(&container).await.state();
+            assert_eq!(state, ContainerState::ContainerRunning, "{step:?}");
+            self.begun_once(&container).await;
+            self.node.remove_container(&container.id).await;
+        }
+    }
+
+    /// StopContainer: how the container ended is known afterwards.
+    async fn stop(&mut self, pod: &Pod) {
+        for step in steps::STOP {
+            let container = self.node.run(pod, &format!("{step:?}"), SCRIPT).await;
+            self.begun_once(&container).await;
+            self.armed(*step).await;
+            let request = cri::StopContainerRequest {
+                container_id: container.id.clone(),
+                timeout: 60,
+            };
+            let answer = self.node.runtime.stop_container(request).await;
+            self.is_cut(answer, *step).await;
+            self.node.restart().await;
+            let status = self.node.ended(&container).await;
+            assert_eq!((status.exit_code, &status.reason[..]), (7, "Error"));
+            self.node.remove_container(&container.id).await;
+        }
+    }
+
+    /// RemoveContainer: what was begun is brought to an end without being asked for again.
+    async fn remove(&mut self, pod: &Pod) {
+        for step in steps::REMOVE {
+            let container = self.made(pod, &format!("{step:?}")).await;
+            self.armed(*step).await;
+            let request = cri::RemoveContainerRequest {
+                container_id: container.id.clone(),
+            };
+            let answer = self.node.runtime.remove_container(request).await;
+            self.is_cut(answer, *step).await;
+            self.node.restart().await;
+            let deadline = Instant::now() + Duration::from_secs(30);
+            while !self.containers().await.is_empty() {
+                assert!(Instant::now() < deadline, "it is still there: {step:?}");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+    }
+
+    /// StopPodSandbox and RemovePodSandbox: each daemon goes on from where the last one died, asked or not.
+    async fn take_apart(&mut self, pod: &Pod) {
+        self.node.run(pod, "last", SCRIPT).await;
+        for step in steps::STOP_POD.iter().chain(steps::REMOVE_POD) {
+            self.node.kill_daemon();
+            self.node.start_again(Some(&format!("{step:?}")));
+            let stop = steps::STOP_POD.contains(step);
+            let deadline = Instant::now() + Duration::from_secs(60);
+            while !self.node.is_dead() {
+                assert!(Instant::now() < deadline, "{step:?} is not reached");
+                let answer = if stop {
+                    let pod_sandbox_id = pod.id.clone();
+                    let request = cri::StopPodSandboxRequest { pod_sandbox_id };
+                    let answer = self.node.runtime.stop_pod_sandbox(request).await;
+                    answer.map(drop)
+                } else {
+                    let pod_sandbox_id = pod.id.clone();
+                    let request = cri::RemovePodSandboxRequest { pod_sandbox_id };
+                    let answer = self.node.runtime.remove_pod_sandbox(request).await;
+                    answer.map(drop)
+                };
+                assert!(answer.is_err(), "the daemon lived through {step:?}");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            self.node.wait_for_death().await;
+        }
+        self.node.restart().await;
+        assert!(self.pods().await.is_empty() && self.containers().await.is_empty());
+        self.node.assert_nothing_left().await;
+    }
+
+    async fn made(&self, pod: &Pod, name: &str) -> Container {
+        let options = ContainerOptions::default();
+        let made = self.node.create(pod, name, SCRIPT, options).await;
+        made.unwrap_or_else(|status| panic!("CreateContainer {name}: {status}"))
+    }
+
+    /// The container's process was started once.
+    async fn begun_once(&self, container: &Container) {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while fs::metadata(&container.log).map_or(0, |log| log.len()) == 0 {
+            assert!(Instant::now() < deadline, "the container says nothing");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let log = read_log(&container.log);
+        let lines: Vec<_> = log.iter().map(|line| line.content.as_slice()).collect();
+        assert_eq!(lines, [b"begun"]);
+    }
+
+    async fn pods(&self) -> Vec<cri::PodSandbox> {
+        let request = cri::ListPodSandboxRequest { filter: None };
+        let pods = self.node.runtime.clone().list_pod_sandbox(request).await;
+        pods.unwrap().into_inner().items
+    }
+
+    async fn containers(&self) -> Vec<cri::Container> {
+        let request = cri::ListContainersRequest { filter: None };
+        let all = self.node.runtime.clone().list_containers(request).await;
+        all.unwrap().into_inner().containers
+    }
+
+    /// How many containers have volumes in the pod's share.
+    fn volumes(&self) -> usize {
+        let pods = fs::read_dir(self.node.state().join("pods")).unwrap();
+        pods.map(|pod| fs::read_dir(pod.unwrap().path().join("share.host/c")))
+            .map(|containers| containers.unwrap().count())
+            .sum()
+    }
+}
