@@ -272,6 +272,7 @@ fn image_config(config: &Config) -> Result<ImageConfig, ImageError> {
         progress_timeout_seconds: images.progress_timeout_seconds.into(),
         parallel_layers: images.parallel_layers.into(),
         foreign_layers: images.foreign_layers,
+        verity: images.verity,
         pinned,
         policies,
         ..ImageConfig::default()

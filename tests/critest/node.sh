@@ -31,7 +31,7 @@ find_images() {
   rm -rf "$new"
 }
 
-# Runs this script's second half, with --node IMAGES, where KVM works.
+# Runs this script's second half, with --node IMAGES, where KVM works. lab_words are for the lab's kernel command line.
 run_where_kvm_works() {
   local limit=$1
   shift
@@ -39,7 +39,7 @@ run_where_kvm_works() {
   if "$build/caisson" doctor --kvm-works; then
     timeout --foreground -k 30 "$limit" "$@"
   else
-    "$root/scripts/kvm-lab" --mem "${CAISSON_LAB_MEM:-8G}" --timeout "$limit" --cwd "$root" --out "$out" -- "$@"
+    "$root/scripts/kvm-lab" --mem "${CAISSON_LAB_MEM:-8G}" --append "${lab_words-}" --timeout "$limit" --cwd "$root" --out "$out" -- "$@"
   fi
 }
 

@@ -5,6 +5,7 @@
 //! "skipped" with the reason there; `scripts/test` runs them in the KVM lab instead.
 
 pub mod alpha;
+mod disk;
 mod images;
 mod leaks;
 mod logs;
@@ -15,6 +16,7 @@ pub mod streaming;
 
 use sha2::{Digest as _, Sha256};
 
+pub use disk::Disk;
 pub use images::{ImageNode, Pushed, Registry};
 pub use leaks::Traces;
 pub use logs::{Line, read_log};

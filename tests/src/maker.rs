@@ -72,6 +72,23 @@ impl ImageMaker {
         self
     }
 
+    /// Adds a layer of small files, each with its path and its content, without a process and a tree for it.
+    #[must_use]
+    pub fn files(mut self, files: &[(&str, &str)]) -> Self {
+        let mut archive = tar::Builder::new(Vec::new());
+        for (path, content) in files {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(content.len() as u64);
+            header.set_mode(0o644);
+            let added = archive.append_data(&mut header, path, content.as_bytes());
+            added.expect("a path that fits");
+        }
+        let bytes = archive.into_inner().expect("an archive");
+        let blob = self.blob(&bytes, "application/vnd.oci.image.layer.v1.tar");
+        self.layers.push(blob);
+        self
+    }
+
     fn blob(&self, bytes: &[u8], media_type: &str) -> Value {
         let digest = sha256(bytes);
         fs::write(self.layout().join("blobs/sha256").join(&digest), bytes).expect("a blob");

@@ -42,6 +42,8 @@ pub struct NodeOptions {
     pub allow_host: bool,
     /// Another daemon.
     pub daemon: Option<PathBuf>,
+    /// Layers have fs-verity: for a root on a disk that has it.
+    pub verity: bool,
 }
 
 type Clients = (
@@ -406,6 +408,9 @@ vcpus = 1
 memory_mib = 192
 scratch_gib = 2
 
+[images]
+verity = {verity}
+
 [cni]
 conf_dir = "{conf}"
 bin_dirs = ["{plugins}", "/usr/lib/cni", "/opt/cni/bin"]
@@ -414,6 +419,7 @@ timeout_seconds = {plugin_seconds}
         plugins = dir.join("plugins").display(),
         plugin_seconds = options.plugin_seconds.unwrap_or(60),
         allow_host = options.allow_host,
+        verity = options.verity,
         root = root.display(),
         state = state.display(),
         build = build().display(),

@@ -14,7 +14,7 @@ use super::pod::Pod;
 use super::stdio::{Streams, Wanted};
 use crate::engine::spec::{LinuxResources, Spec};
 use crate::engine::{self, Directory, DiskRange, ImageVolume, Layer, MemoryVolume, RootFs};
-use crate::{info, warn};
+use crate::{debug, warn};
 
 const LAYERS_MAX: usize = 127;
 
@@ -46,7 +46,7 @@ pub async fn create(
         oom.add(&container);
     }
     exits::watch_init(pod.clone(), container.clone(), exit);
-    info!("container {} created, process {pid}", container.id);
+    debug!("container {} created, process {pid}", container.id);
     reservation.fulfil(container);
     let user = user.map(|(uid, gid, groups)| ProcessUser { uid, gid, groups });
     Ok(CreateContainerResponse { pid, user })
@@ -153,7 +153,7 @@ pub async fn start(pod: Arc<Pod>, id: String) -> Result<(), ServiceError> {
     // A failed start ends the process: its exit is what the daemon sees next.
     container.set_phase(Phase::Running);
     if result.is_ok() {
-        info!("container {id} started");
+        debug!("container {id} started");
     }
     result
 }
@@ -177,7 +177,7 @@ pub async fn remove(pod: Arc<Pod>, id: String) -> Result<(), ServiceError> {
     };
     pod.end_removal(&id, result.is_ok());
     match &result {
-        Ok(()) => info!("container {id} removed"),
+        Ok(()) => debug!("container {id} removed"),
         Err(error) => warn!("remove container {id}: {error}"),
     }
     result

@@ -13,7 +13,7 @@ use super::stdio::{Streams, Wanted};
 use super::validate;
 use crate::engine::spec;
 use crate::streams::Kind;
-use crate::{info, warn};
+use crate::{debug, warn};
 
 /// An exec's name in a request; empty is the container's own process.
 fn exec_name(exec: &str) -> Result<Option<&str>, ServiceError> {
@@ -65,7 +65,7 @@ pub async fn exec(pod: Arc<Pod>, request: ExecRequest) -> Result<i32, ServiceErr
     };
     let process = Process::new(pid, streams);
     reservation.fulfil(process.clone());
-    info!(
+    debug!(
         "container {} exec {}: process {pid}",
         container.id, request.exec_id
     );

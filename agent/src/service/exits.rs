@@ -8,8 +8,9 @@ use tokio::sync::oneshot;
 use super::container::{Container, Process};
 use super::oom;
 use super::pod::Pod;
+use crate::log::{self, Level};
 use crate::reaper::Exit;
-use crate::{info, warn};
+use crate::warn;
 
 /// Watches a container's own process.
 pub fn watch_init(pod: Arc<Pod>, container: Arc<Container>, exit: oneshot::Receiver<Exit>) {
@@ -63,9 +64,18 @@ fn finish(
         oom_killed,
     };
     process.ended(status);
-    info!(
-        "container {} {exec}: process {} ended with {}",
-        container.id, process.pid, exit.code
+    // An exec's client is told, and each byte of the console is an exit to the VMM.
+    let level = if exec.is_empty() {
+        Level::Info
+    } else {
+        Level::Debug
+    };
+    log::write(
+        level,
+        format_args!(
+            "container {} {exec}: process {} ended with {}",
+            container.id, process.pid, exit.code
+        ),
     );
     pod.tell(Event {
         container_id: container.id.clone(),

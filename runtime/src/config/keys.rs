@@ -163,6 +163,11 @@ const KEYS: &[(&str, &str, &str)] = &[
     ),
     (
         "images",
+        "verity",
+        "Whether layers get fs-verity, so that one that is changed on the disk is noticed. The file system must have it.",
+    ),
+    (
+        "images",
         "pinned",
         "Names of images that garbage collection and `caisson prune` leave alone: [\"registry.example/app:v1\"].",
     ),

@@ -139,6 +139,8 @@ pub struct ImageSettings {
     pub progress_timeout_seconds: u32,
     /// Whether layers that registries do not distribute are fetched from the addresses in their manifest.
     pub foreign_layers: bool,
+    /// Whether layers get fs-verity, so that one that is changed on the disk is noticed.
+    pub verity: bool,
     /// Names of images that are never collected.
     pub pinned: Vec<String>,
     /// Registries whose images must be signed.
@@ -243,6 +245,7 @@ impl Default for ImageSettings {
             parallel_layers: 3,
             progress_timeout_seconds: 300,
             foreign_layers: false,
+            verity: false,
             pinned: Vec::new(),
             policy: Vec::new(),
         }

@@ -25,7 +25,7 @@ impl From<ImageError> for CriError {
             ImageError::Unauthorized { .. } => Code::PermissionDenied,
             ImageError::TooLarge { .. } | ImageError::DiskFull { .. } => Code::ResourceExhausted,
             ImageError::Unsupported { .. } => Code::Unimplemented,
-            ImageError::Corrupt { .. } => Code::DataLoss,
+            ImageError::Corrupt { .. } | ImageError::Changed { .. } => Code::DataLoss,
             ImageError::Registry { .. } | ImageError::Stalled { .. } => Code::Unavailable,
             // The kubelet takes an unknown code off the message and looks at how that begins.
             ImageError::Untrusted { .. } => Code::Unknown,

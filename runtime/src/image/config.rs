@@ -22,6 +22,8 @@ pub struct ImageConfig {
     pub parallel_layers: usize,
     /// Whether layers that registries do not distribute are fetched from the addresses in their manifest.
     pub foreign_layers: bool,
+    /// Whether layers get fs-verity, and are used only with the digest that they got.
+    pub verity: bool,
     /// Images that nothing but a person removes.
     pub pinned: Vec<Reference>,
     /// Registries whose images must be signed.
@@ -38,6 +40,7 @@ impl Default for ImageConfig {
             progress_timeout_seconds: 300,
             parallel_layers: 3,
             foreign_layers: false,
+            verity: false,
             pinned: Vec::new(),
             policies: Vec::new(),
         }

@@ -81,6 +81,16 @@ pub enum ImageError {
         /// What is wrong with its signature.
         reason: String,
     },
+    /// A layer's file is not the one that was stored, by its fs-verity digest.
+    #[error(
+        "the layer {} cannot be used: {reason}; pull its image again", path.display()
+    )]
+    Changed {
+        /// The file.
+        path: PathBuf,
+        /// What was found.
+        reason: &'static str,
+    },
     /// The file system under the image store has no space or no inodes left.
     #[error("the disk that holds {} is full; free space there or remove images, and try again", path.display())]
     DiskFull {

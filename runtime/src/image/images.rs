@@ -163,7 +163,7 @@ impl Images {
     /// # Errors
     /// [`ImageError::Disk`] and [`ImageError::Database`], the latter also if another process has the store open.
     pub fn open(root: &Path, config: ImageConfig) -> Result<Self, ImageError> {
-        let store = Store::open(&root.join("images"))?;
+        let store = Store::open(&root.join("images"), config.verity)?;
         let workers = Arc::new(Semaphore::new(config.parallel_layers.clamp(1, 64)));
         Ok(Self(Arc::new(Shared {
             store,
@@ -343,6 +343,20 @@ impl Images {
                 used_bytes: usage.bytes,
                 inodes: usage.inodes,
             })
+        })
+        .await
+    }
+
+    /// The EROFS files of an image's layers, the lowest first, to be used now: with `images.verity` each is checked.
+    ///
+    /// # Errors
+    /// [`ImageError::Changed`], [`ImageError::Disk`], [`ImageError::Database`].
+    pub async fn layers_to_use(&self, image: &Image) -> Result<Vec<PathBuf>, ImageError> {
+        let layers = image.layers.clone();
+        self.blocking(move |shared| {
+            shared.store.check_seals(&layers)?;
+            let paths = layers.iter().map(|layer| shared.store.layer_path(layer));
+            Ok(paths.collect())
         })
         .await
     }

@@ -26,6 +26,7 @@ mod source;
 mod store;
 #[cfg(test)]
 mod testing;
+mod verity;
 
 pub use config::ImageConfig;
 pub use digest::{DiffId, Digest};

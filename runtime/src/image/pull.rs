@@ -312,7 +312,7 @@ impl Images {
         }
         report(0, Status::Waiting);
         let lock = self.0.layer_lock(&spec.diff_id).lock_owned().await;
-        if self.0.store.has_layer(&spec.diff_id) {
+        if self.0.store.has_usable_layer(&spec.diff_id)? {
             report(total, Status::Exists);
             return Ok(());
         }

@@ -31,6 +31,8 @@ use crate::usage::{self, Usage};
 
 /// Image ID (hexadecimal) to a [`Record`] in JSON.
 const IMAGES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("images");
+/// Diff ID (hexadecimal) to the fs-verity digest of the layer's image, where it has one.
+pub(super) const SEALS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("seals");
 
 /// What is remembered of an image.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -55,6 +57,8 @@ pub(super) struct Record {
 /// The store. All methods block on the disk.
 pub(super) struct Store {
     root: PathBuf,
+    /// Whether layers get fs-verity.
+    pub(super) verity: bool,
     /// `None` after a failure of the disk: redb takes nothing more then, until the file is opened anew.
     database: RwLock<Option<Database>>,
     /// Layers that requests under way need, with how many do. Held while files are removed, so that none of them is
@@ -76,7 +80,7 @@ pub(super) struct Pins {
 
 impl Store {
     /// Opens the store in `root`, makes it if it is not there, and removes what a crash has left.
-    pub(super) fn open(root: &Path) -> Result<Self, ImageError> {
+    pub(super) fn open(root: &Path, verity: bool) -> Result<Self, ImageError> {
         for directory in ["blobs/sha256", "layers", "tmp"] {
             let path = root.join(directory);
             fs::DirBuilder::new()
@@ -94,6 +98,7 @@ impl Store {
         }
         let store = Self {
             root: root.to_owned(),
+            verity,
             database: RwLock::new(None),
             pins: Arc::default(),
         };
@@ -111,13 +116,14 @@ impl Store {
         let database = self.db(Database::create(self.root.join("images.redb")))?;
         let transaction = self.db(database.begin_write())?;
         self.db(transaction.open_table(IMAGES).map(drop))?;
+        self.db(transaction.open_table(SEALS).map(drop))?;
         self.db(transaction.commit())?;
         *slot = Some(database);
         Ok(())
     }
 
     /// Works with the database; once more on the file opened anew if the disk failed.
-    fn with<T>(
+    pub(super) fn with<T>(
         &self,
         mut work: impl FnMut(&Database) -> Result<T, ImageError>,
     ) -> Result<T, ImageError> {
@@ -195,6 +201,9 @@ impl Store {
         image: TempPath,
         recipe: TempPath,
     ) -> Result<(), ImageError> {
+        if self.verity {
+            self.seal(layer, &image)?;
+        }
         self.publish(recipe, &self.recipe_path(layer))?;
         self.publish(image, &self.layer_path(layer))
     }
@@ -368,7 +377,7 @@ impl Store {
             needed.extend(record.manifests);
             needed.extend(record.layers);
         }
-        let mut freed = 0;
+        let (mut freed, mut gone) = (0, Vec::new());
         for (directory, suffix) in [
             ("blobs/sha256", ""),
             // A recipe without its layer is no harm.
@@ -384,14 +393,18 @@ impl Store {
                     .to_str()
                     .and_then(|name| name.strip_suffix(suffix))
                     .and_then(Digest::from_hex);
-                if digest.is_some_and(|digest| !needed.contains(&digest)) {
+                if let Some(digest) = digest.filter(|digest| !needed.contains(digest)) {
                     let path = entry.path();
                     freed += entry.metadata().map_or(0, |file| file.blocks() * 512);
                     fs::remove_file(&path)
                         .map_err(|error| ImageError::disk("remove", &path, error))?;
+                    if self.verity && suffix == ".erofs" {
+                        gone.push(digest);
+                    }
                 }
             }
         }
+        self.forget_seals(&gone)?;
         Ok(freed)
     }
 
@@ -423,7 +436,10 @@ impl Store {
         serde_json::from_slice(value).map_err(|error| self.failed(error))
     }
 
-    fn db<T, E: Into<redb::Error>>(&self, result: Result<T, E>) -> Result<T, ImageError> {
+    pub(super) fn db<T, E: Into<redb::Error>>(
+        &self,
+        result: Result<T, E>,
+    ) -> Result<T, ImageError> {
         result.map_err(|error| match error.into() {
             redb::Error::Io(error) => {
                 ImageError::disk("write", &self.root.join("images.redb"), error)

@@ -8,7 +8,7 @@ use super::*;
 use crate::fuzzing::input::Input;
 
 /// What is behind a line's time and stream, per line.
-fn lines<'l>(log: &'l [u8], tag: Tag) -> impl Iterator<Item = (bool, &'l [u8])> {
+fn lines(log: &[u8], tag: Tag) -> impl Iterator<Item = (bool, &[u8])> {
     let prefix = format!("1970-01-01T00:00:00.000000000Z {} ", tag.name()).into_bytes();
     log.split_inclusive(|byte| *byte == b'\n').map(move |line| {
         let line = line.strip_suffix(b"\n").expect("a line that ends");

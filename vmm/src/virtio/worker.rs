@@ -55,7 +55,7 @@ impl Poll {
     /// # Errors
     /// What the system says.
     pub fn new() -> io::Result<Self> {
-        Epoll::new().map(Self).map_err(Into::into)
+        Epoll::new().map(Self)
     }
 
     /// What is ready at this moment, each with its token.

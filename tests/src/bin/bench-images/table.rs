@@ -29,6 +29,20 @@ impl Table {
         ]);
     }
 
+    /// Two times whose ratio says what the machine does to both; no aim.
+    pub fn reference(&mut self, what: impl Into<String>, ours: &[Duration], theirs: &[Duration]) {
+        let (ours, theirs) = (median(ours), median(theirs));
+        let ratio = theirs.as_secs_f64() / ours.as_secs_f64();
+        self.add([
+            what.into(),
+            seconds(ours),
+            seconds(theirs),
+            format!("{ratio:.2}"),
+            String::new(),
+            String::new(),
+        ]);
+    }
+
     /// A line of any kind.
     pub fn add(&mut self, line: [String; 6]) {
         eprintln!("{}", line.join("  "));

@@ -201,7 +201,7 @@ pub(super) async fn share_layers(
     image: &Image,
 ) -> Result<Vec<agent::Layer>, CriError> {
     let mut layers = Vec::with_capacity(image.layers.len());
-    for path in context.images.layer_paths(image) {
+    for path in context.images.layers_to_use(image).await? {
         layers.push(sandbox.share_layer(&path).await?);
     }
     Ok(layers)
