@@ -3,6 +3,7 @@
 //! The share is on a file system of its own in memory, which is small and mounted nowhere.
 
 use std::fs as files;
+use std::hash::{DefaultHasher, Hasher};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -18,10 +19,20 @@ use crate::fuzzing::guest::{Device, Guest};
 use crate::fuzzing::input::Input;
 
 const INIT: u32 = 26;
-/// What lies beside the share, and must not come out.
-const SECRET: &[u8] = b"what the guest must not read: 7d1f";
 /// Requests that change nothing: LOOKUP to GETATTR, READLINK, READ, STATFS to FSYNCDIR, ACCESS.
 const HARMLESS: [std::ops::RangeInclusive<u32>; 5] = [1..=3, 5..=5, 15..=15, 17..=30, 34..=34];
+
+/// What lies beside the share while this input is tried, and must not come out. It is made of the input, as a fuzzer soon finds
+/// out any other and has the guest write it.
+fn secret_of(data: &[u8]) -> Vec<u8> {
+    let mut hasher = DefaultHasher::new();
+    let mut secret = b"outside: ".to_vec();
+    for _ in 0..3 {
+        hasher.write(data);
+        secret.extend(hasher.finish().to_le_bytes());
+    }
+    secret
+}
 
 /// A directory with the share and what is beside it.
 struct Tree {
@@ -48,9 +59,12 @@ impl Tree {
             _mount: mount,
         };
         files::create_dir(tree.base.join("outside")).expect("room");
-        files::write(tree.base.join("outside/secret"), SECRET).expect("room");
         tree.fill();
         tree
+    }
+
+    fn secret(&self) -> PathBuf {
+        self.base.join("outside/secret")
     }
 
     fn share(&self) -> PathBuf {
@@ -68,7 +82,7 @@ impl Tree {
     }
 
     /// Panics where something beside the share is not as it was; makes the share as it was.
-    fn restore(&self, changed: bool) {
+    fn restore(&self, changed: bool, secret: &[u8]) {
         let names = |path: &Path| {
             let entries = files::read_dir(path).expect("a directory");
             let mut names: Vec<_> = entries.map(|e| e.expect("an entry").file_name()).collect();
@@ -77,8 +91,8 @@ impl Tree {
         };
         assert_eq!(names(&self.base), ["outside", "share"]);
         assert_eq!(names(&self.base.join("outside")), ["secret"]);
-        let secret = files::read(self.base.join("outside/secret")).expect("the secret");
-        assert_eq!(secret, SECRET);
+        let kept = files::read(self.secret()).expect("the secret");
+        assert!(kept == secret, "what is not shared was written to");
         if changed {
             files::remove_dir_all(self.share()).expect("the share");
             self.fill();
@@ -136,6 +150,8 @@ impl Device for Fuzzed {
 fn run(data: &[u8], hostile: bool) {
     thread_local!(static TREE: Tree = Tree::new());
     TREE.with(|tree| {
+        let secret = secret_of(data);
+        files::write(tree.secret(), &secret).expect("room");
         let open = files::File::open(tree.share()).expect("the share");
         let share = Arc::new(Share::new(ShareRoot::Directory(open.into())).expect("a server"));
         share.open_root().expect("the share's root");
@@ -168,12 +184,12 @@ fn run(data: &[u8], hostile: bool) {
             libc::memmem(
                 seen.as_ptr().cast(),
                 seen.len(),
-                SECRET.as_ptr().cast(),
-                SECRET.len(),
+                secret.as_ptr().cast(),
+                secret.len(),
             )
         };
         assert!(leaked.is_null(), "the guest has read what is not shared");
-        tree.restore(changed);
+        tree.restore(changed, &secret);
     });
 }
 
