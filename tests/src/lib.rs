@@ -12,6 +12,7 @@ mod logs;
 mod maker;
 mod node;
 mod pods;
+mod random;
 pub mod streaming;
 
 use sha2::{Digest as _, Sha256};
@@ -23,6 +24,7 @@ pub use logs::{Line, read_log};
 pub use maker::ImageMaker;
 pub use node::{BRIDGE, Node, NodeOptions, bridged, dial};
 pub use pods::{Container, ContainerOptions, Pod, PodOptions};
+pub use random::{Random, number};
 
 /// The name of the image that every node has.
 pub const IMAGE: &str = "docker.io/library/busybox:test";

@@ -5,31 +5,10 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use caisson_tests::{Disk, ImageNode, Pushed, Registry};
+use caisson_tests::{Disk, ImageNode, Pushed, Random, Registry, number};
 
 /// How often the daemon is killed, unless `CAISSON_TEST_KILLS` says it: 200 for the long form.
 const KILLS: u32 = 20;
-
-/// Durations of no pattern; the same for the same seed.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: Duration) -> Duration {
-        self.0 = self
-            .0
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
-        limit.mul_f64((self.0 >> 11) as f64 / (1u64 << 53) as f64)
-    }
-}
-
-fn number(variable: &str) -> Option<u64> {
-    let text = std::env::var(variable).ok()?;
-    Some(
-        text.parse()
-            .unwrap_or_else(|_| panic!("{variable} is no number: {text}")),
-    )
-}
 
 fn timed(work: impl FnOnce()) -> Duration {
     let begin = Instant::now();
@@ -42,10 +21,7 @@ fn timed(work: impl FnOnce()) -> Duration {
 #[test]
 fn killed_at_any_point() {
     let kills = number("CAISSON_TEST_KILLS").map_or(KILLS, |kills| kills as u32);
-    let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    let seed = number("CAISSON_TEST_SEED").unwrap_or(clock.unwrap().as_nanos() as u64);
-    println!("CAISSON_TEST_SEED={seed}");
-    let mut random = Random(seed);
+    let mut random = Random::seeded();
     let registry = Registry::start();
     let one = registry.push("one", &[1, 2, 3]);
     let two = registry.push("two", &[1, 4]);
