@@ -1,10 +1,10 @@
 //! Events of containers and pods, as kubelets watch them.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use caisson_proto::cri;
-use caisson_tests::{Node, dial};
+use caisson_tests::{Node, Pod, dial};
 use cri::ContainerEventType as Kind;
 use cri::runtime_service_client::RuntimeServiceClient;
 use tokio::task::JoinSet;
@@ -21,6 +21,15 @@ async fn watch(channel: Channel) -> Streaming<cri::ContainerEventResponse> {
     let mut runtime = RuntimeServiceClient::new(channel);
     let events = runtime.get_container_events(cri::GetEventsRequest {}).await;
     events.expect("GetContainerEvents").into_inner()
+}
+
+async fn told(node: &Node, pod: &Pod) -> cri::PodSandboxStatusResponse {
+    let request = cri::PodSandboxStatusRequest {
+        pod_sandbox_id: pod.id.clone(),
+        verbose: false,
+    };
+    let answer = node.runtime.clone().pod_sandbox_status(request).await;
+    answer.expect("PodSandboxStatus").into_inner()
 }
 
 /// Everything until a pod was deleted. Each event is checked against the state that it carries.
@@ -94,6 +103,8 @@ async fn two_hundred_watchers_miss_nothing() {
     // One reads only when all is over, and takes next to nothing before.
     let late = watch(dial(&node.socket(), Some(4096))).await;
     let pod = node.pod("events").await;
+    let answer = told(&node, &pod).await;
+    assert!(answer.timestamp > 0, "a watcher is told the containers");
     let mut tasks = JoinSet::new();
     for events in watchers {
         let id = pod.id.clone();
@@ -114,6 +125,8 @@ async fn two_hundred_watchers_miss_nothing() {
         }
         expected.insert(container.id);
     }
+    let answer = told(&node, &pod).await;
+    assert_eq!(answer.containers_statuses.len(), CONTAINERS / 2);
     node.remove(&pod).await;
     expected.insert(pod.id.clone());
 
@@ -134,6 +147,20 @@ async fn two_hundred_watchers_miss_nothing() {
     }
     assert_eq!(first.len(), expected.len() * 4);
     let after = node.daemon_memory();
+    // Nobody watches any more: a kubelet is to ask for each container.
+    let pod = node.pod("unwatched").await;
+    let container = node.run(&pod, "c", "exit 0").await;
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let answer = told(&node, &pod).await;
+        if (answer.timestamp, answer.containers_statuses.len()) == (0, 0) {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{answer:?}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    node.ended(&container).await;
+    node.remove(&pod).await;
     println!("daemon: {memory} bytes before, {after} with {WATCHERS} watchers");
     node.assert_nothing_left().await;
 }

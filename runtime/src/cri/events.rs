@@ -128,6 +128,11 @@ impl Events {
         self.next.send_replace(log.next);
     }
 
+    /// Whether anybody watches.
+    pub fn is_watched(&self) -> bool {
+        !lock(&self.log).places.is_empty()
+    }
+
     /// Watches what happens from now on.
     pub fn watch(self: &Arc<Self>) -> Watcher {
         let mut log = lock(&self.log);

@@ -367,6 +367,11 @@ impl Registry {
         });
     }
 
+    /// Whether anybody watches what happens.
+    pub fn is_watched(&self) -> bool {
+        self.events.is_watched()
+    }
+
     /// Watches what happens from now on.
     pub fn watch(&self) -> Watcher {
         self.events.watch()

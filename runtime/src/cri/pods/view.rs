@@ -25,25 +25,37 @@ pub fn item(record: &SandboxRecord) -> cri::PodSandbox {
     }
 }
 
-/// A pod in full, its containers included; `verbose` adds what only people read.
+/// A pod in full; `verbose` adds what only people read.
+///
+/// Its containers' statuses, with the time at which all this was so, are there while somebody watches events: a client
+/// that goes by events reads them here, any other asks for each container, as the time of 0 tells it to (CRI
+/// `PodSandboxStatusResponse`).
 pub fn status(context: &Context, pod: &Arc<Pod>, verbose: bool) -> cri::PodSandboxStatusResponse {
     let record = pod.record();
     let mut info = HashMap::new();
     if verbose {
         info.insert("info".to_owned(), details(pod, &record).to_string());
     }
+    let watched = context.registry.is_watched();
     cri::PodSandboxStatusResponse {
         status: Some(pod_status(&record)),
         info,
-        containers_statuses: context
-            .registry
-            .containers_of(&pod.id)
-            .iter()
-            .filter(|container| containers::is_visible(container.state()))
-            .map(|container| containers::status(&container.record()))
-            .collect(),
-        timestamp: now(),
+        containers_statuses: if watched {
+            containers_statuses(context, pod)
+        } else {
+            Vec::new()
+        },
+        timestamp: if watched { now() } else { 0 },
     }
+}
+
+fn containers_statuses(context: &Context, pod: &Pod) -> Vec<cri::ContainerStatus> {
+    let containers = context.registry.containers_of(&pod.id);
+    containers
+        .iter()
+        .filter(|container| containers::is_visible(container.state()))
+        .map(|container| containers::status(&container.record()))
+        .collect()
 }
 
 /// The status by itself.
