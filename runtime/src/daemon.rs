@@ -185,6 +185,23 @@ fn raise_descriptor_limit() {
     }
 }
 
+/// The lists of a kubelet come again and again. The memory of an answer is kept for the next one: given back to the kernel,
+/// each page of it would be asked for anew, which took a third of the time of a ListContainers call. To be called before the first thread is started.
+#[cfg(target_env = "gnu")]
+pub fn keep_freed_memory() {
+    for (what, bytes) in [
+        (libc::M_TRIM_THRESHOLD, 8 << 20),
+        (libc::M_MMAP_THRESHOLD, 4 << 20),
+    ] {
+        // SAFETY: it takes two numbers, and there is no second thread yet. What it could not set stays as it was.
+        unsafe { libc::mallopt(what, bytes) };
+    }
+}
+
+/// The other allocators are left as they are.
+#[cfg(not(target_env = "gnu"))]
+pub fn keep_freed_memory() {}
+
 /// The daemon's log goes to standard error, where a service manager takes it.
 fn start_log(config: &Config) -> Result<(), DaemonError> {
     let filter = tracing_subscriber::EnvFilter::try_new(&config.log_level).map_err(|error| {

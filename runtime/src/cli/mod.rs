@@ -110,6 +110,9 @@ pub fn main() -> ExitCode {
         Command::Run(_) | Command::Exec(_) => OWN_FAILURE,
         _ => 1,
     };
+    if matches!(cli.command, Command::Serve) {
+        crate::daemon::keep_freed_memory();
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

@@ -8,6 +8,7 @@ mod keys;
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 use serde::{Deserialize, Serialize};
 
@@ -504,6 +505,12 @@ impl Config {
     }
 }
 
+/// Where this program is. It does not change, and each Status call asks for it.
+static OWN_DIRECTORY: LazyLock<Option<PathBuf>> = LazyLock::new(|| {
+    let program = std::env::current_exe().ok()?;
+    program.parent().map(Path::to_owned)
+});
+
 /// Looks for a file: the configured one only, or by name beside the executable and in /usr/lib/caisson.
 fn find(
     what: &'static str,
@@ -512,10 +519,8 @@ fn find(
     names: &[&str],
 ) -> Result<PathBuf, ConfigError> {
     let candidates: Vec<PathBuf> = if configured.as_os_str().is_empty() {
-        let beside = std::env::current_exe()
-            .ok()
-            .and_then(|exe| exe.parent().map(Path::to_owned));
-        beside
+        let own = OWN_DIRECTORY.as_deref();
+        own.map(Path::to_owned)
             .into_iter()
             .chain([PathBuf::from("/usr/lib/caisson")])
             .flat_map(|dir| names.iter().map(move |name| dir.join(name)))
