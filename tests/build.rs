@@ -6,7 +6,8 @@ use std::{env, fs};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     // Asked when it runs: the program may come from a cache.
-    let v1 = Path::new(&env::var("CARGO_MANIFEST_DIR")?).join("../proto/proto/runtime/v1/api.proto");
+    let v1 =
+        Path::new(&env::var("CARGO_MANIFEST_DIR")?).join("../proto/proto/runtime/v1/api.proto");
     println!("cargo:rerun-if-changed={}", v1.display());
     let out = env::var("OUT_DIR")?;
     let text = fs::read_to_string(v1)?;
