@@ -91,14 +91,7 @@ pub fn oci_spec(data: &[u8]) {
 
 #[cfg(test)]
 mod tests {
-    #[test]
-    fn oci_spec() {
-        let seeds = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fuzz/seeds/oci_spec");
-        let mut count = 0;
-        for entry in std::fs::read_dir(seeds).unwrap() {
-            super::oci_spec(&std::fs::read(entry.unwrap().path()).unwrap());
-            count += 1;
-        }
-        assert!(count > 0, "there are no seeds");
-    }
+    include!("../../../tests/fuzz/seed_tests.rs");
+
+    seeds!(oci_spec);
 }

@@ -289,25 +289,7 @@ pub fn web_socket(data: &[u8]) {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
+    include!("../../../tests/fuzz/seed_tests.rs");
 
-    fn seeds(target: &str, run: impl Fn(&[u8])) {
-        let seeds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fuzz/seeds");
-        let mut count = 0;
-        for entry in std::fs::read_dir(seeds.join(target)).unwrap() {
-            run(&std::fs::read(entry.unwrap().path()).unwrap());
-            count += 1;
-        }
-        assert!(count > 0, "{target} has no seeds");
-    }
-
-    #[test]
-    fn spdy() {
-        seeds("spdy", super::spdy);
-    }
-
-    #[test]
-    fn web_socket() {
-        seeds("web_socket", super::web_socket);
-    }
+    seeds!(spdy web_socket);
 }
