@@ -12,8 +12,6 @@ use crate::{disks, paths};
 
 /// How long a disk may take to appear after the agent runs.
 const DISK_TIMEOUT: Duration = Duration::from_secs(5);
-/// No thread that zeroes inode tables in the background: the disk begins as a sparse file, so they are zero.
-const SCRATCH_OPTIONS: &str = "noinit_itable";
 /// The pod's `/dev/shm`, as other runtimes size it.
 const SHM_SIZE: &str = "mode=1777,size=64m";
 
@@ -63,7 +61,7 @@ pub fn mount_scratch(scratch: &Scratch) -> Result<(), SandboxError> {
                 paths::SCRATCH,
                 Some("ext4"),
                 MsFlags::MS_NOATIME,
-                Some(SCRATCH_OPTIONS),
+                Some(disks::SCRATCH_OPTIONS),
             )
             .context(|| format!("mount {} on {}", device.display(), paths::SCRATCH))
         }

@@ -17,6 +17,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::error::EngineError;
 use super::paths;
+use crate::disks;
 pub use disk::DiskRange;
 pub use layers::Layer;
 use layers::LayerMount;
@@ -205,8 +206,7 @@ pub fn mount_scratch(file: &Path, place: &Path) -> io::Result<()> {
     };
     let device = loopdev::attach(&file, part)?;
     let flags = MsFlags::MS_NOATIME;
-    // No thread that zeroes inode tables in the background: the file was sparse, so they are zero.
-    let options = Some("noinit_itable");
+    let options = Some(disks::SCRATCH_OPTIONS);
     Ok(mount(
         Some(&device.path),
         place,
