@@ -17,30 +17,29 @@ impl Table {
         theirs: &[Duration],
         aim: f64,
     ) {
-        let (ours, theirs) = (median(ours), median(theirs));
-        let ratio = theirs.as_secs_f64() / ours.as_secs_f64();
-        self.add([
-            what.into(),
-            seconds(ours),
-            seconds(theirs),
-            format!("{ratio:.2}"),
-            format!("ratio >= {aim}"),
-            met(ratio >= aim),
-        ]);
+        let verdict = |ratio| [format!("ratio >= {aim}"), met(ratio >= aim)];
+        self.ratio(what.into(), ours, theirs, verdict);
     }
 
     /// Two times whose ratio says what the machine does to both; no aim.
     pub fn reference(&mut self, what: impl Into<String>, ours: &[Duration], theirs: &[Duration]) {
+        self.ratio(what.into(), ours, theirs, |_| {
+            [String::new(), String::new()]
+        });
+    }
+
+    fn ratio(
+        &mut self,
+        what: String,
+        ours: &[Duration],
+        theirs: &[Duration],
+        verdict: impl FnOnce(f64) -> [String; 2],
+    ) {
         let (ours, theirs) = (median(ours), median(theirs));
         let ratio = theirs.as_secs_f64() / ours.as_secs_f64();
-        self.add([
-            what.into(),
-            seconds(ours),
-            seconds(theirs),
-            format!("{ratio:.2}"),
-            String::new(),
-            String::new(),
-        ]);
+        let [aim, met] = verdict(ratio);
+        let (ours, theirs) = (seconds(ours), seconds(theirs));
+        self.add([what, ours, theirs, format!("{ratio:.2}"), aim, met]);
     }
 
     /// A line of any kind.
