@@ -16,7 +16,8 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{Mutex, RwLock};
 
-pub use cni::{Cni, CniConfig, NetworkList, PortMapping};
+use cni::Seen;
+pub use cni::{Cni, CniConfig, PortMapping};
 
 use crate::sandbox::ids::UserIds;
 use crate::steps::{self, Step};
@@ -127,7 +128,7 @@ pub struct Network {
 #[derive(Debug)]
 struct Status {
     at: Instant,
-    of: NetworkList,
+    of: Seen,
     said: Result<(), NetworkError>,
 }
 
@@ -157,19 +158,19 @@ impl Network {
     /// # Errors
     /// [`NetworkError::NotConfigured`] or [`NetworkError::Network`] with the reason.
     pub async fn ready(&self) -> Result<(), NetworkError> {
-        let list = self.cni.load()?;
         // One at a time: however many ask, a plugin that hangs is there once.
         let mut last = self.status.lock().await;
         if let Some(status) = last.as_ref()
-            && status.of == list
             && status.at.elapsed() < RECENT
+            && status.of.still()
         {
             return status.said.clone();
         }
+        let (list, seen) = self.cni.load_seen()?;
         let said = self.cni.status(&list).await;
         *last = Some(Status {
             at: Instant::now(),
-            of: list,
+            of: seen,
             said: said.clone(),
         });
         said

@@ -1,6 +1,7 @@
 //! Network configuration lists (CNI 1.1.0, section 1).
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -62,6 +63,44 @@ impl NetworkList {
 /// The name of a plugin's program.
 pub fn plugin_type(plugin: &Plugin) -> &str {
     plugin.get("type").and_then(Value::as_str).unwrap_or("")
+}
+
+/// By what the file system knows of a file it is told that nobody has changed it.
+type Mark = (u64, u64, i64, i64, u64);
+
+fn mark(path: &Path) -> Option<Mark> {
+    let known = fs::metadata(path).ok()?;
+    Some((
+        known.dev(),
+        known.ino(),
+        known.mtime(),
+        known.mtime_nsec(),
+        known.len(),
+    ))
+}
+
+/// What a directory was when its first list was read. As long as it is the same, so is the list.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Seen {
+    dir: (PathBuf, Option<Mark>),
+    file: (PathBuf, Option<Mark>),
+}
+
+impl Seen {
+    /// The directory and its file as they are now.
+    pub fn now(dir: &Path, file: &Path) -> Self {
+        let marked = |path: &Path| (path.to_owned(), mark(path));
+        Self {
+            dir: marked(dir),
+            file: marked(file),
+        }
+    }
+
+    /// Whether nothing has changed since.
+    pub fn still(&self) -> bool {
+        let same = |(path, was): &(PathBuf, Option<Mark>)| was.is_some() && mark(path) == *was;
+        same(&self.dir) && same(&self.file)
+    }
 }
 
 /// Reads the first list in a directory, by the file's name.

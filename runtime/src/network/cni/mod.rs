@@ -17,7 +17,7 @@ use serde_json::{Map, Value, json};
 use super::{NetworkError, PodIdentity};
 use crate::steps::{self, Step};
 use cache::{Cache, Cached};
-pub use list::NetworkList;
+pub use list::{NetworkList, Seen};
 use list::{Plugin, plugin_type};
 use plugin::{Attachment, Plugins};
 
@@ -79,13 +79,21 @@ impl Cni {
     /// # Errors
     /// [`NetworkError::NotConfigured`]: there is none, or the first one cannot be used, and why.
     pub fn load(&self) -> Result<NetworkList, NetworkError> {
+        self.load_seen().map(|(list, _)| list)
+    }
+
+    /// The same, with what tells whether it has changed since.
+    ///
+    /// # Errors
+    /// As [`Cni::load`].
+    pub fn load_seen(&self) -> Result<(NetworkList, Seen), NetworkError> {
         let (file, list) = list::first(&self.conf_dir).map_err(NetworkError::NotConfigured)?;
         for plugin in &list.plugins {
             self.plugins
                 .find(plugin_type(plugin))
                 .map_err(|why| NetworkError::NotConfigured(format!("{}: {why}", file.display())))?;
         }
-        Ok(list)
+        Ok((list, Seen::now(&self.conf_dir, &file)))
     }
 
     /// Runs ADD of every plugin, in order. The result is kept for [`Cni::check`] and [`Cni::del`].

@@ -91,6 +91,27 @@ async fn a_failing_and_a_hanging_plugin_are_named() {
 }
 
 #[test]
+fn a_list_that_was_read_is_known_until_it_changes() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = temp.path();
+    let cni = cni(dir);
+    plugin(dir, "one", "");
+    let list = r#"{"name":"n","type":"one"}"#;
+    fs::write(dir.join("conf/20-b.conf"), list).unwrap();
+    let (_, seen) = cni.load_seen().unwrap();
+    assert!(seen.still());
+    // In its place, before it, and not any more.
+    fs::write(dir.join("conf/20-b.conf"), format!("{list} ")).unwrap();
+    assert!(!seen.still());
+    let (_, seen) = cni.load_seen().unwrap();
+    fs::write(dir.join("conf/10-a.conf"), list).unwrap();
+    assert!(!seen.still());
+    let (_, seen) = cni.load_seen().unwrap();
+    fs::remove_file(dir.join("conf/10-a.conf")).unwrap();
+    assert!(!seen.still());
+}
+
+#[test]
 fn what_is_missing_is_said() {
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path();
