@@ -96,15 +96,11 @@ const STARTER: &[c_long] = &[
 ];
 /// The exit file, and the ends of streams.
 const MAIN: &[c_long] = &[libc::SYS_ftruncate, libc::SYS_recvfrom, libc::SYS_shutdown];
-/// It puts a device's event loop together when the guest activates the device, and ends a vsock device's streams when
-/// the guest resets that.
+/// It puts a device's event loop together when the guest activates the device.
 const VCPU: &[c_long] = &[
     libc::SYS_epoll_create1,
     libc::SYS_epoll_ctl,
     libc::SYS_eventfd2,
-    libc::SYS_recvfrom,
-    libc::SYS_shutdown,
-    libc::SYS_timerfd_settime,
 ];
 const BLOCK: &[c_long] = &[
     libc::SYS_fallocate,
@@ -116,9 +112,11 @@ const BLOCK: &[c_long] = &[
     libc::SYS_pwritev,
 ];
 const NET: &[c_long] = &[libc::SYS_readv];
+/// When it stops, it gives the last bytes to those who still read.
 const VSOCK: &[c_long] = &[
     libc::SYS_accept4,
     libc::SYS_getsockopt,
+    libc::SYS_poll,
     libc::SYS_readv,
     libc::SYS_recvfrom,
     libc::SYS_recvmsg,

@@ -1,6 +1,7 @@
 //! Who holds a device's resources: the device while it is idle, its worker while it is active.
 
 use std::io;
+use std::marker::PhantomData;
 
 use vm_memory::GuestAddressSpace;
 
@@ -14,10 +15,11 @@ pub struct Service<R, H> {
     kind: Kind,
     device: &'static str,
     idle: Option<R>,
-    worker: Option<Worker<H>>,
+    worker: Option<Worker<R>>,
+    handler: PhantomData<fn() -> H>,
 }
 
-impl<R, H: Handler + Into<R>> Service<R, H> {
+impl<R: Send + 'static, H: Handler + Into<R>> Service<R, H> {
     /// An idle service, whose worker's thread will be of this kind.
     pub fn new(kind: Kind, device: &'static str, resource: R) -> Self {
         Self {
@@ -25,6 +27,7 @@ impl<R, H: Handler + Into<R>> Service<R, H> {
             device,
             idle: Some(resource),
             worker: None,
+            handler: PhantomData,
         }
     }
 
@@ -53,7 +56,7 @@ impl<R, H: Handler + Into<R>> Service<R, H> {
     /// Stops the worker and takes the resource back; a no-op while idle.
     pub fn stop(&mut self) {
         if let Some(worker) = self.worker.take() {
-            self.idle = worker.stop().map(Into::into);
+            self.idle = worker.stop();
         }
     }
 

@@ -120,18 +120,24 @@ impl Shared {
     }
 }
 
-/// A running worker. Dropping it stops it.
-pub struct Worker<H> {
+/// A running worker, which gives back an `R` of its handler. Dropping it stops it.
+pub struct Worker<R> {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<H>>,
+    thread: Option<JoinHandle<R>>,
 }
 
-impl<H: Handler> Worker<H> {
-    /// Starts a thread that serves the handler until [`Worker::stop`] or an error, which goes to `failure`.
+impl<R: Send + 'static> Worker<R> {
+    /// Starts a thread that serves the handler until [`Worker::stop`] or an error, which goes to `failure`. What is
+    /// given back is made on that thread, too: nobody else may make the system calls that it takes to finish.
     ///
     /// # Errors
     /// What the system says when it cannot make the thread or its descriptors.
-    pub fn spawn(kind: Kind, name: &str, mut handler: H, failure: FailureSink) -> io::Result<Self> {
+    pub fn spawn<H: Handler + Into<R>>(
+        kind: Kind,
+        name: &str,
+        mut handler: H,
+        failure: FailureSink,
+    ) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
                 order: Order::Run,
@@ -155,7 +161,7 @@ impl<H: Handler> Worker<H> {
             }
             ours.lock().ended = true;
             ours.changed.notify_all();
-            handler
+            handler.into()
         })?;
         Ok(Self {
             shared,
@@ -181,14 +187,14 @@ impl<H: Handler> Worker<H> {
         self.shared.order(Order::Run);
     }
 
-    /// Stops the worker and returns its handler; `None` if its thread panicked.
-    pub fn stop(mut self) -> Option<H> {
+    /// Stops the worker and returns what it gives back; `None` if its thread panicked.
+    pub fn stop(mut self) -> Option<R> {
         self.shared.order(Order::Stop);
         self.thread.take().and_then(|thread| thread.join().ok())
     }
 }
 
-impl<H> Drop for Worker<H> {
+impl<R> Drop for Worker<R> {
     fn drop(&mut self) {
         if let Some(thread) = self.thread.take() {
             self.shared.order(Order::Stop);

@@ -50,15 +50,6 @@ impl VsockHandler {
         }
     }
 
-    /// Ends all connections and gives the muxer back for the next activation. What the guest has sent before
-    /// is passed on first.
-    pub fn finish(mut self) -> Muxer {
-        // A ring that cannot be read has nothing to pass on; the device is stopping in any case.
-        let _ = self.serve_transmit();
-        self.muxer.stop(PATIENCE);
-        self.muxer
-    }
-
     /// Takes the guest's packets. True if some are left for the next pass.
     fn serve_transmit(&mut self) -> Result<bool, DeviceError> {
         let guard = self.memory.memory();
@@ -115,6 +106,17 @@ impl VsockHandler {
             let _ = self.again.write(1);
         }
         Ok(())
+    }
+}
+
+impl From<VsockHandler> for Muxer {
+    /// Ends all connections and gives the muxer back for the next activation. What the guest has sent before
+    /// is passed on first.
+    fn from(mut handler: VsockHandler) -> Self {
+        // A ring that cannot be read has nothing to pass on; the device is stopping in any case.
+        let _ = handler.serve_transmit();
+        handler.muxer.stop(PATIENCE);
+        handler.muxer
     }
 }
 

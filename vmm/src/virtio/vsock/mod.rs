@@ -76,7 +76,7 @@ pub struct Vsock {
     requests: Arc<Requests>,
     /// Here while the device is not active; the worker has it otherwise.
     muxer: Option<Muxer>,
-    worker: Option<Worker<VsockHandler>>,
+    worker: Option<Worker<Muxer>>,
 }
 
 impl Vsock {
@@ -175,8 +175,8 @@ impl VirtioDevice for Vsock {
     }
 
     fn reset(&mut self) {
-        if let Some(handler) = self.worker.take().and_then(Worker::stop) {
-            self.muxer = Some(handler.finish());
+        if let Some(muxer) = self.worker.take().and_then(Worker::stop) {
+            self.muxer = Some(muxer);
         }
     }
 
