@@ -2,14 +2,15 @@
 
 mod support;
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use caisson_vmm_protocol::{JailConfig, NetConfig, Reply, Request, ShareConfig};
+use support::host::{Shared, run, tap};
 use support::{Spec, Vm, kernel};
 
 /// A test of machines with this kernel; skipped, and said so, where KVM does not work.
@@ -26,35 +27,6 @@ const JAIL: JailConfig = JailConfig {
     uid: 70_001,
     gid: 70_002,
 };
-
-fn run(program: &str, arguments: &[&str]) {
-    let status = Command::new(program).args(arguments).status().unwrap();
-    assert!(status.success(), "{program} {arguments:?}");
-}
-
-/// A directory that is a shared mount, as the daemon makes it; unmounted when it is dropped.
-struct Shared(tempfile::TempDir);
-
-impl Shared {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().to_str().unwrap();
-        run("mount", &["-t", "tmpfs", "none", path]);
-        run("mount", &["--make-shared", path]);
-        Self(dir)
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-}
-
-impl Drop for Shared {
-    fn drop(&mut self) {
-        let path = self.0.path().to_str().unwrap();
-        let _ = Command::new("umount").args(["-R", path]).status();
-    }
-}
 
 fn share(spec: &mut Spec, shared: &Shared) {
     let root = spec.lend(File::open(shared.0.path()).unwrap());
@@ -262,26 +234,6 @@ fn the_file_server_sees_the_share_alone_and_never_runs_without_a_jail() {
     }
     assert!(matches!(vm.ask(&Request::Kill), Reply::Done));
     assert_eq!(vm.wait().code(), Some(12));
-}
-
-/// A tap with virtio headers.
-fn tap(name: &str) -> OwnedFd {
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/net/tun");
-    let file = file.unwrap();
-    // SAFETY: an all-zero ifreq is valid, and the ioctl reads and writes the one it is given.
-    unsafe {
-        let mut request: libc::ifreq = std::mem::zeroed();
-        for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
-            *to = from as libc::c_char;
-        }
-        request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as i16;
-        let made = libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request);
-        assert_eq!(made, 0, "{}", std::io::Error::last_os_error());
-    }
-    file.into()
 }
 
 #[test]

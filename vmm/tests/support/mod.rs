@@ -4,6 +4,7 @@
 #![allow(dead_code)]
 
 mod cpio;
+pub mod host;
 
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -57,9 +58,16 @@ impl Spec {
 
     /// The same with these programs of the host: where they are to be, and where they are.
     pub fn with_programs(kernel: &Path, script: &str, programs: &[(&str, &Path)]) -> Self {
-        let dir = TempDir::new().unwrap();
-        let initramfs = dir.path().join("initramfs.cpio");
+        let mut spec = Self::bare(kernel);
+        let initramfs = spec.dir.path().join("initramfs.cpio");
         fs::write(&initramfs, cpio::busybox(script, programs)).unwrap();
+        spec.config.initramfs = Some(spec.lend(File::open(&initramfs).unwrap()));
+        spec
+    }
+
+    /// A machine with this kernel and nothing to go with it.
+    pub fn bare(kernel: &Path) -> Self {
+        let dir = TempDir::new().unwrap();
         let console = File::create(dir.path().join("console")).unwrap();
         let listener = UnixListener::bind(dir.path().join("control")).unwrap();
         let mut spec = Self {
@@ -89,7 +97,6 @@ impl Spec {
         let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm");
         spec.config.kvm = spec.lend(kvm.unwrap());
         spec.config.kernel = spec.lend(File::open(kernel).unwrap());
-        spec.config.initramfs = Some(spec.lend(File::open(&initramfs).unwrap()));
         spec.config.console = spec.lend(console);
         spec.config.control_listener = Some(spec.lend(listener));
         let exit_file = File::create(spec.dir.path().join("exit")).unwrap();

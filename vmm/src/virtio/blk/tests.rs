@@ -292,6 +292,31 @@ fn reset_gives_the_disk_back() {
     assert_eq!(s.request(0, 1, &[Desc::write(DATA, 512)]), (OK, 513));
 }
 
+// must-test: image format guessed from content (Cloud Hypervisor CVE-2026-27211)
+#[test]
+fn a_disk_is_raw_whatever_is_in_it() {
+    let mut s = Setup::new(4, false);
+    // A qcow2 header, version 3, of a terabyte, with a file of the host behind it.
+    let mut header = b"QFI\xfb\0\0\0\x03\0\0\0\0\0\0\x01\0\0\0\0\x0b".to_vec();
+    header.extend([0, 0, 0, 16, 0, 0, 1, 0, 0, 0, 0, 0]);
+    header.resize(256, 0);
+    header.extend(b"/etc/shadow");
+    header.resize(512, 0);
+    s.driver.put(DATA, &header);
+    assert_eq!(s.request(1, 0, &[Desc::read(DATA, 512)]), (OK, 1));
+    // Opened anew, as after a restart.
+    let file = OpenOptions::new().read(true).open(s.image.path()).unwrap();
+    let device = Block::new(file.into(), "disk-0", true).unwrap();
+    let mut capacity = [0; 8];
+    device.read_config(0, &mut capacity);
+    assert_eq!(u64::from_le_bytes(capacity), 4);
+    assert_eq!(
+        s.request(0, 0, &[Desc::write(DATA + 0x1000, 512)]),
+        (OK, 513)
+    );
+    assert_eq!(s.driver.bytes(DATA + 0x1000, 512), header);
+}
+
 // must-test: a bind-mounted directory mistaken for a block device (Kata CVE-2026-24054)
 #[test]
 fn what_is_not_a_disk_is_refused() {
