@@ -223,6 +223,7 @@ fn of_the_next_version(stream: UnixStream) {
                 pid: 1,
                 state: VmState::Running,
                 agent_ready: true,
+                landlock: 0,
                 timings: Vec::new(),
             }),
             Request::Status { version } => Reply::Error {

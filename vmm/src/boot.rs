@@ -95,12 +95,13 @@ pub fn build_and_boot(
 ) -> Result<Running, BootError> {
     let jail = timeline.measure("prepare jail", || prepare_jail(&config))?;
     let mut devices = timeline.measure("create devices", || create_devices(&mut config, events))?;
-    timeline.measure("enter jail", || match (jail, &config.jail) {
+    let landlock = timeline.measure("enter jail", || match (jail, &config.jail) {
         (Some(jail), Some(identity)) => {
-            jail.enter(identity)?;
-            Ok(threads::confine()?)
+            let landlock = jail.enter(identity)?;
+            threads::confine()?;
+            Ok(landlock)
         }
-        _ => Ok::<_, BootError>(()),
+        _ => Ok::<_, BootError>(0),
     })?;
     if let Some(mut share) = devices.share.take() {
         share.open_root().map_err(device("share"))?;
@@ -142,6 +143,7 @@ pub fn build_and_boot(
         pod: Pod::Machine(Machine::new(vm, vcpus, bus, Arc::clone(ending))),
         logs,
         layers: devices.layers,
+        landlock,
         connector: devices
             .connector
             .map(|connector| Arc::new(connector) as Arc<dyn Dial>),

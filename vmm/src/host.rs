@@ -154,16 +154,20 @@ pub fn join(
     events: &Arc<Events>,
     timeline: &mut Timeline,
 ) -> Result<Running, JoinError> {
-    timeline.measure("enter jail", || -> Result<(), JoinError> {
+    let landlock = timeline.measure("enter jail", || -> Result<u32, JoinError> {
         match &config.jail {
             Some(identity) => {
                 let jail = Jail::prepare(Some(config.agent_directory.as_fd()))?;
                 // It would be a way out.
                 drop(config.agent_directory);
-                jail.enter(identity)?;
-                Ok(threads::confine()?)
+                let landlock = jail.enter(identity)?;
+                threads::confine()?;
+                Ok(landlock)
             }
-            None => fchdir(&config.agent_directory).map_err(system("directory")),
+            None => {
+                fchdir(&config.agent_directory).map_err(system("directory"))?;
+                Ok(0)
+            }
         }
     })?;
     let dial = UnixDial {
@@ -184,6 +188,7 @@ pub fn join(
             Arc::new(move |event| sink.publish(event)),
         )),
         layers: None,
+        landlock,
         connector: Some(Arc::new(dial)),
     })
 }

@@ -17,6 +17,8 @@ pub struct Running {
     pub logs: Option<LogManager>,
     /// The disk of image layers, where the machine has one.
     pub layers: Option<Arc<Layers>>,
+    /// The version of Landlock that confines this process; 0: none.
+    pub landlock: u32,
     /// Connections to the agent.
     pub connector: Option<Arc<dyn Dial>>,
 }

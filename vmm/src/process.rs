@@ -24,6 +24,8 @@ use crate::vm::Ending;
 pub const EXIT_START: u8 = 1;
 /// Started by hand or wrongly.
 pub const EXIT_USAGE: u8 = 2;
+/// The most open descriptors.
+const MAX_DESCRIPTORS: u64 = 1 << 20;
 
 /// The exit status that stands for a reason.
 pub fn exit_status(reason: &ExitReason) -> u8 {
@@ -149,10 +151,13 @@ fn refuse(channel: &mut Channel, error: impl std::fmt::Display) -> ExitCode {
     ExitCode::from(EXIT_START)
 }
 
-/// The file server holds a descriptor for each file that the guest knows, and the usual limit is 1024.
+/// The file server holds a descriptor for each file that the guest knows, and the usual limit is 1024. How many a guest
+/// can make it open has an end all the same.
 fn raise_descriptor_limit() {
-    let raised = getrlimit(Resource::RLIMIT_NOFILE)
-        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| {
+        let most = hard.min(MAX_DESCRIPTORS);
+        setrlimit(Resource::RLIMIT_NOFILE, most, most)
+    });
     if let Err(error) = raised {
         eprintln!("caisson-vmm: the limit of open files stays what it was: {error}");
     }

@@ -239,6 +239,9 @@ pub struct VmStatus {
     pub state: VmState,
     /// Whether the agent has said that it listens.
     pub agent_ready: bool,
+    /// The version of Landlock that confines it, which the kernel tells nobody else; 0: none.
+    #[serde(default)]
+    pub landlock: u32,
     /// Spans of the start, microseconds since the process began.
     pub timings: Vec<Span>,
 }

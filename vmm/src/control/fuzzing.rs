@@ -65,6 +65,7 @@ fn running(events: &Arc<Events>) -> Arc<Control> {
             Arc::new(move |event| sink.publish(event)),
         )),
         layers: Some(Arc::new(Layers::default())),
+        landlock: 0,
         connector: Some(Arc::new(silent())),
     };
     Control::new(running, Arc::clone(events), Vec::new())

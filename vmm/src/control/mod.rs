@@ -52,7 +52,7 @@ pub fn await_boot(channel: &mut Channel) -> Result<Option<Frame<Request>>, Chann
         };
         let reply = match &mut frame.message {
             Request::Boot(_) | Request::Join(_) => return Ok(Some(frame)),
-            Request::Status { .. } => Reply::Status(status(VmState::New, false, &[])),
+            Request::Status { .. } => Reply::Status(status(VmState::New, false, 0, &[])),
             Request::Kill => return Ok(None),
             _ => error("the machine has not been booted; send boot first"),
         };
@@ -201,7 +201,9 @@ impl Control {
             }
             Request::Status { .. } => {
                 let ready = self.events.agent_ready();
-                return Ok(Reply::Status(status(pod.state(), ready, &self.timings)));
+                let landlock = self.running.landlock;
+                let status = status(pod.state(), ready, landlock, &self.timings);
+                return Ok(Reply::Status(status));
             }
             Request::Pause => pod.pause()?,
             Request::Resume => pod.resume()?,
@@ -314,13 +316,14 @@ fn error(message: impl ToString) -> Reply {
     }
 }
 
-fn status(state: VmState, agent_ready: bool, timings: &[Span]) -> VmStatus {
+fn status(state: VmState, agent_ready: bool, landlock: u32, timings: &[Span]) -> VmStatus {
     VmStatus {
         version: PROTOCOL_VERSION,
         build: env!("CARGO_PKG_VERSION").to_owned(),
         pid: std::process::id(),
         state,
         agent_ready,
+        landlock,
         timings: timings.to_vec(),
     }
 }

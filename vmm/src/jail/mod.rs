@@ -5,9 +5,14 @@
 //! there that a file server needs for its clients' files. What the daemon shows later it mounts below the
 //! share's root in our mount namespace, which is left to the host's user namespace and so to its root.
 //!
+//! Threads, memory that is locked, message queues and core dumps are limited, and Landlock, where the kernel has it, says
+//! once more what the namespaces say.
+//!
 //! Two steps, because a file server opens `/proc/self/fd` when it is made: [`Jail::prepare`] makes the
 //! root, still with the host's `/` around it, and [`Jail::enter`] goes in. Both want a process with one
 //! thread.
+
+mod landlock;
 
 use std::ffi::CString;
 use std::fs::File;
@@ -46,6 +51,9 @@ const FILE_SERVER: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::SETFCAP);
 /// All user or group IDs, each mapped to itself.
 const IDENTITY_MAP: &[u8] = b"0 0 4294967295\n";
+
+/// The most threads: vCPUs, devices, containers' logs, and clients of the control socket.
+const MAX_THREADS: u64 = 1024;
 
 /// A step of the jail that the system refused.
 #[derive(Debug, thiserror::Error)]
@@ -113,11 +121,12 @@ impl Jail {
         self.root.as_fd()
     }
 
-    /// Goes in: the new root, the namespaces, the identity, the capabilities.
+    /// Goes in: the new root, the namespaces, the identity, the capabilities, the limits. Returns the version of
+    /// Landlock that is in force; 0: this kernel has none.
     ///
     /// # Errors
     /// [`JailError`] names the step. The process must end then.
-    pub fn enter(self, identity: &JailConfig) -> Result<(), JailError> {
+    pub fn enter(self, identity: &JailConfig) -> Result<u32, JailError> {
         let own_proc = open(
             &*CString::from(c"/proc/self"),
             OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
@@ -132,7 +141,9 @@ impl Jail {
         leave_user_namespace(own_proc)?;
         unshare(CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS)
             .map_err(step("leave the host's IPC and UTS namespaces"))?;
-        drop_privileges(identity, self.serves_files)
+        drop_privileges(identity, self.serves_files)?;
+        limit_resources().map_err(step("limit its resources"))?;
+        landlock::confine(self.serves_files).map_err(step("confine itself by Landlock"))
     }
 }
 
@@ -239,6 +250,18 @@ fn drop_privileges(identity: &JailConfig, serves_files: bool) -> Result<(), Jail
     };
     set_capabilities(None, sets).map_err(step("drop capabilities"))?;
     set_no_new_privs(true).map_err(step("refuse new privileges"))?;
-    set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(step("refuse to be traced"))?;
-    setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(step("refuse core dumps"))
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(step("refuse to be traced"))
+}
+
+/// What its work does not need. Descriptors are limited before: see [`crate::process`].
+fn limit_resources() -> nix::Result<()> {
+    for (resource, most) in [
+        (Resource::RLIMIT_CORE, 0),
+        (Resource::RLIMIT_MEMLOCK, 0),
+        (Resource::RLIMIT_MSGQUEUE, 0),
+        (Resource::RLIMIT_NPROC, MAX_THREADS),
+    ] {
+        setrlimit(resource, most, most)?;
+    }
+    Ok(())
 }
