@@ -40,6 +40,8 @@ const STOP_LIMIT: Duration = Duration::from_secs(10);
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 /// How often layers that nobody needs are looked for.
 const COLLECT_EVERY: Duration = Duration::from_secs(60);
+/// The mode of directories that only root may use.
+const PRIVATE: u32 = 0o700;
 /// The fewest guests that may boot at the same time.
 const MIN_BOOTS: usize = 2;
 
@@ -110,7 +112,7 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
         streaming: streaming.endpoint(),
         microvm: microvm_config(&config),
         host: host_config(&config),
-        registry: Registry::new(store),
+        registry: Registry::new(store, config.microvm.pod_users()),
         images,
         network: Network::new(cni_config(&config), config.state.join("netns")),
         kvm: KvmProbe::new(config.clone()),
@@ -248,8 +250,6 @@ fn host_config(config: &Config) -> HostConfig {
 fn pod_config(config: &Config) -> PodConfig {
     PodConfig {
         vmm: or(config.vmm_path(), &config.microvm.vmm),
-        uid: config.microvm.uid,
-        gid: config.microvm.gid,
         state_dir: config.state.clone(),
         data_dir: config.root.clone(),
         cgroup_parent: config.cgroup_parent.clone(),
@@ -313,11 +313,18 @@ async fn collect_images(context: Arc<Context>) {
     }
 }
 
-/// Makes a directory that others may pass through and not read.
+/// Makes a directory that nobody but root can enter; one that is there becomes so.
 fn private_dir(path: &Path) -> Result<(), DaemonError> {
+    make_dir(path, PRIVATE)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(PRIVATE))
+        .map_err(|cause| setup("close to others the directory", path, cause))
+}
+
+/// Makes a directory with this mode, unless it is there.
+fn make_dir(path: &Path, mode: u32) -> Result<(), DaemonError> {
     std::fs::DirBuilder::new()
         .recursive(true)
-        .mode(0o711)
+        .mode(mode)
         .create(path)
         .map_err(|cause| setup("make the directory", path, cause))
 }
@@ -348,7 +355,8 @@ fn bind(path: &Path) -> Result<UnixListener, DaemonError> {
         }
     }
     if let Some(parent) = path.parent() {
-        private_dir(parent)?;
+        // It may be somebody else's, such as /run.
+        make_dir(parent, PRIVATE)?;
     }
     let fresh = path.with_extension(format!("new.{}", std::process::id()));
     let _ = std::fs::remove_file(&fresh);

@@ -8,6 +8,7 @@ mod containers;
 mod credentials;
 mod exec;
 mod images;
+mod inspect;
 mod logs;
 mod options;
 mod pods;
@@ -74,11 +75,11 @@ enum Command {
     Save(store::SaveArgs),
     /// Remove images that have no name or, with --all, that no container uses.
     Prune(store::PruneArgs),
-    /// Show all that is known of images, as JSON.
-    Inspect(store::InspectArgs),
+    /// Show all that is known of pods, containers or images, as JSON.
+    Inspect(inspect::InspectArgs),
     /// Show how long each step of a pod's start took.
     Timeline(timeline::TimelineArgs),
-    /// Say whether this machine can run microVM pods, and what is missing.
+    /// Say whether this machine can run microVM pods, and what is missing; or how a pod is confined.
     Doctor(DoctorArgs),
     /// Show the configuration.
     Config(ConfigArgs),
@@ -89,6 +90,9 @@ struct DoctorArgs {
     /// Print only the line on KVM; the exit status is 0 if KVM works.
     #[arg(long)]
     kvm_works: bool,
+    /// Look at this running pod's process instead, as the kernel shows it: a pod's or container's name or ID.
+    #[arg(long, value_name = "POD", conflicts_with = "kvm_works")]
+    pod: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -163,8 +167,11 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, CliError> {
         Command::Rmi(args) => images::rmi(&connect()?, args).await,
         Command::Save(args) => store::save(&connect()?, args).await,
         Command::Prune(args) => store::prune(&connect()?, args).await,
-        Command::Inspect(args) => store::inspect(&connect()?, args).await,
+        Command::Inspect(args) => inspect::inspect(&connect()?, args).await,
         Command::Timeline(args) => timeline::timeline(&connect()?, args).await,
+        Command::Doctor(DoctorArgs { pod: Some(pod), .. }) => {
+            inspect::doctor(&connect()?, &pod).await
+        }
         Command::Doctor(args) => Ok(crate::doctor::doctor(&config()?, args.kvm_works).await),
         Command::Config(ConfigArgs {
             what: ConfigWhat::Default,

@@ -1,17 +1,15 @@
-//! `caisson save`, `prune` and `inspect`.
+//! `caisson save` and `prune`.
 
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use caisson_proto::cli::{PruneRequest, SaveChunk, SaveRequest};
-use caisson_proto::cri;
 use clap::Args;
 use indicatif::HumanBytes;
 use tonic::Streaming;
 
 use super::client::{self, CliError, Client};
-use super::images::spec;
 
 /// The arguments of `caisson save`.
 #[derive(Debug, Args)]
@@ -30,14 +28,6 @@ pub struct PruneArgs {
     /// All images that no container uses, those with names too. Pinned ones stay.
     #[arg(short, long)]
     all: bool,
-}
-
-/// The arguments of `caisson inspect`.
-#[derive(Debug, Args)]
-pub struct InspectArgs {
-    /// Names or IDs.
-    #[arg(required = true)]
-    images: Vec<String>,
 }
 
 /// Writes images to an archive. A file gets its name when it is complete.
@@ -105,27 +95,5 @@ pub async fn prune(client: &Client, args: PruneArgs) -> Result<ExitCode, CliErro
         println!("{}", client::short(id));
     }
     eprintln!("{} freed", HumanBytes(pruned.freed_bytes));
-    Ok(ExitCode::SUCCESS)
-}
-
-/// Shows images as a JSON list.
-pub async fn inspect(client: &Client, args: InspectArgs) -> Result<ExitCode, CliError> {
-    let mut all = Vec::new();
-    for image in &args.images {
-        let request = cri::ImageStatusRequest {
-            image: Some(spec(image)),
-            verbose: true,
-        };
-        let status = client.images.clone().image_status(request).await?;
-        let info = status.into_inner().info.remove("info").ok_or_else(|| {
-            CliError::Usage(format!(
-                "there is no image {image:?}; `caisson images` lists all"
-            ))
-        })?;
-        let info: serde_json::Value = serde_json::from_str(&info).map_err(CliError::other)?;
-        all.push(info);
-    }
-    let text = serde_json::to_string_pretty(&all).map_err(CliError::other)?;
-    println!("{text}");
     Ok(ExitCode::SUCCESS)
 }

@@ -103,13 +103,13 @@ const KEYS: &[(&str, &str, &str)] = &[
     ),
     (
         "microvm",
-        "uid",
-        "The host user ID of the pod processes; not 0.",
+        "first_user",
+        "The first host user ID of pod processes, and the first group ID: each pod has one of its own. Nobody else may have IDs of this range.",
     ),
     (
         "microvm",
-        "gid",
-        "The host group ID of the pod processes; not 0.",
+        "users",
+        "How many user IDs, from first_user on, are for pod processes: the most pods.",
     ),
     (
         "microvm",

@@ -94,10 +94,10 @@ pub struct MicroVmConfig {
     pub scratch: ScratchKind,
     /// The most GiB that all writable layers of a pod may hold.
     pub scratch_gib: u32,
-    /// The host user ID of the pod process; not 0.
-    pub uid: u32,
-    /// The host group ID of the pod process; not 0.
-    pub gid: u32,
+    /// The first host user ID of pod processes, and the first group ID.
+    pub first_user: u32,
+    /// How many user IDs from there on are for pod processes: each pod has one.
+    pub users: u32,
     /// Words added to the guest's kernel command line.
     pub kernel_cmdline_extra: String,
     /// Seconds that a guest may take from power-on until its agent answers, 1 to 3600.
@@ -200,6 +200,13 @@ impl Default for StreamingSettings {
     }
 }
 
+impl MicroVmConfig {
+    /// The host users of pod processes.
+    pub fn pod_users(&self) -> std::ops::Range<u32> {
+        self.first_user..self.first_user.saturating_add(self.users)
+    }
+}
+
 impl Default for MicroVmConfig {
     fn default() -> Self {
         Self {
@@ -211,8 +218,8 @@ impl Default for MicroVmConfig {
             overhead_mib: 128,
             scratch: ScratchKind::Disk,
             scratch_gib: 8,
-            uid: 61000,
-            gid: 61000,
+            first_user: 1_900_000_000,
+            users: 65_536,
             kernel_cmdline_extra: String::new(),
             start_timeout_seconds: 120,
         }
@@ -380,10 +387,14 @@ impl Config {
         if !(1..=600).contains(&self.cni.timeout_seconds) {
             return value("cni.timeout_seconds", "a plugin has 1 to 600 seconds");
         }
-        if self.microvm.uid == 0 || self.microvm.gid == 0 {
+        if self.microvm.first_user == 0 {
+            return value("microvm.first_user", "the pod process never runs as root");
+        }
+        let end = self.microvm.first_user.checked_add(self.microvm.users);
+        if self.microvm.users == 0 || end.is_none() {
             return value(
-                "microvm.uid",
-                "the pod process never runs as root (uid and gid are not 0)",
+                "microvm.users",
+                "each pod has a user, and user IDs end at 4294967294",
             );
         }
         if !(1..=64).contains(&self.images.parallel_layers) {
@@ -561,7 +572,9 @@ mod tests {
             ("[microvm]\nvcpus = 0", "microvm.vcpus"),
             ("[microvm]\nvcpus = 33", "microvm.vcpus"),
             ("[microvm]\nmemory_mib = 1", "microvm.memory_mib"),
-            ("[microvm]\nuid = 0", "microvm.uid"),
+            ("[microvm]\nfirst_user = 0", "microvm.first_user"),
+            ("[microvm]\nusers = 0", "microvm.users"),
+            ("[microvm]\nusers = 4294967295", "microvm.users"),
             ("root = \"relative\"", "root"),
             ("[images]\nparallel_layers = 0", "images.parallel_layers"),
             (

@@ -62,6 +62,7 @@ mod tests {
                 ..Default::default()
             }),
             network: None,
+            user: 0,
         }
     }
 

@@ -89,7 +89,7 @@ fn told(context: &Context, event: &Event) -> cri::ContainerEventResponse {
     let pod = context.registry.pod(&event.sandbox_id).ok();
     let (status, containers) = match pod {
         Some(pod) => {
-            let status = pods::status(context, &pod, false);
+            let status = pods::status(context, &pod);
             (status.status, status.containers_statuses)
         }
         None => (event.last.clone(), Vec::new()),

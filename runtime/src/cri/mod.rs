@@ -18,6 +18,7 @@ pub mod pods;
 pub mod registry;
 pub mod runtime_service;
 pub mod spec;
+mod users;
 
 use std::sync::Arc;
 

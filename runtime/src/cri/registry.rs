@@ -11,6 +11,7 @@ use tokio::sync::watch;
 
 use super::CriError;
 use super::events::{Event, Events, Watcher};
+use super::users::Users;
 use crate::sandbox::Sandbox;
 use crate::store::{ContainerRecord, ContainerState, SandboxRecord, SandboxState, Store};
 
@@ -59,6 +60,7 @@ pub struct Container {
 /// All pods and containers.
 pub struct Registry {
     store: Store,
+    users: Users,
     pods: RwLock<HashMap<String, Arc<Pod>>>,
     containers: RwLock<HashMap<String, Arc<Container>>>,
     events: Arc<Events>,
@@ -197,10 +199,11 @@ impl Container {
 }
 
 impl Registry {
-    /// An empty registry on a store.
-    pub fn new(store: Store) -> Self {
+    /// An empty registry on a store. `users` are the host users that pod processes run as.
+    pub fn new(store: Store, users: std::ops::Range<u32>) -> Self {
         Self {
             store,
+            users: Users::new(users),
             pods: RwLock::default(),
             containers: RwLock::default(),
             events: Arc::default(),
@@ -212,18 +215,24 @@ impl Registry {
         &self.store
     }
 
-    /// Reserves the pod's name, writes its first record and makes it known.
+    /// Reserves the pod's name, gives it a user, writes its first record and makes it known.
     ///
     /// # Errors
-    /// ALREADY_EXISTS with the ID that has the name; the disk fails.
-    pub async fn create_pod(&self, record: SandboxRecord) -> Result<Arc<Pod>, CriError> {
-        self.store.create_sandbox(record.clone()).await?;
+    /// ALREADY_EXISTS with the ID that has the name; RESOURCE_EXHAUSTED when all users are in use; the disk fails.
+    pub async fn create_pod(&self, mut record: SandboxRecord) -> Result<Arc<Pod>, CriError> {
+        let user = self.users.take()?;
+        record.user = user;
+        if let Err(error) = self.store.create_sandbox(record.clone()).await {
+            self.users.free(user);
+            return Err(error.into());
+        }
         Ok(self.adopt_pod(record))
     }
 
     /// Makes a pod known whose record is in the store.
     pub fn adopt_pod(&self, record: SandboxRecord) -> Arc<Pod> {
         let pod = Pod::new(record);
+        self.users.note(pod.record().user);
         self.write_pods().insert(pod.id.clone(), pod.clone());
         pod
     }
@@ -244,7 +253,11 @@ impl Registry {
     pub async fn delete_pod(&self, pod: &Pod) -> Result<bool, CriError> {
         let _turn = pod.persist.lock().await;
         self.store.delete_sandbox(pod.record()).await?;
-        Ok(self.write_pods().remove(&pod.id).is_some())
+        let known = self.write_pods().remove(&pod.id).is_some();
+        if known {
+            self.users.free(pod.record().user);
+        }
+        Ok(known)
     }
 
     /// Reserves the container's name, writes its first record and makes it known.

@@ -147,7 +147,11 @@ impl RuntimeService for Service {
     ) -> Answer<cri::PodSandboxStatusResponse> {
         let request = request.get_ref();
         let pod = self.context.registry.pod(&request.pod_sandbox_id)?;
-        ok(pods::status(&self.context, &pod, request.verbose))
+        let mut status = pods::status(&self.context, &pod);
+        if request.verbose {
+            status.info = pods::verbose(&pod).await;
+        }
+        ok(status)
     }
 
     async fn list_pod_sandbox(

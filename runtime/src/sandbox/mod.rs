@@ -77,6 +77,8 @@ pub struct SandboxPlan {
     pub host: HostNamespaces,
     /// The IDs of the pod's user namespace; `None`: it has none.
     pub ids: Option<UserIds>,
+    /// The host user and group that the pod process runs as, this pod's alone; not 0.
+    pub user: u32,
 }
 
 /// Namespaces of the host that a pod on the host shares. Its PID namespaces are its containers' affair.

@@ -361,6 +361,7 @@ mod tests {
                 ..Default::default()
             }),
             network: None,
+            user: 0,
         }
     }
 

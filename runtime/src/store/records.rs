@@ -90,6 +90,9 @@ pub struct SandboxRecord {
     pub config: Proto<cri::PodSandboxConfig>,
     /// Its network, until that is taken down.
     pub network: Option<NetworkRecord>,
+    /// The host user and group that its pod process runs as; 0 in records of versions that had one for all pods.
+    #[serde(default)]
+    pub user: u32,
 }
 
 /// What becomes of a container. Each state is written before the work that leads out of it begins.

@@ -22,6 +22,7 @@ fn container() -> Arc<Container> {
         silence: None,
         config: Proto::default(),
         network: None,
+        user: 0,
     });
     let record = ContainerRecord {
         id: "c".into(),

@@ -23,7 +23,7 @@ pub use resize::resize;
 pub use run::{hostname, run};
 pub use stop::stop;
 pub use tend::tend_networks;
-pub use view::{item, status};
+pub use view::{item, status, verbose};
 
 use super::CriError;
 use crate::network::{PodIdentity, PortMapping};

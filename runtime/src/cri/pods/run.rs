@@ -48,6 +48,8 @@ pub async fn run(
         silence: None,
         config: Proto(config),
         network: None,
+        // Given with its name.
+        user: 0,
     };
     let pod = context.registry.create_pod(record).await?;
     steps::done(Step::RunRecorded);
@@ -177,6 +179,7 @@ async fn make(context: &Arc<Context>, pod: &Arc<Pod>) -> Result<(), CriError> {
             ipc: namespaces(config).ipc() == cri::NamespaceMode::Node,
         },
         ids,
+        user: record.user,
     };
     let sandbox = sandbox::start(context, record.kind, &plan, timings).await?;
     pod.set_sandbox(Some(sandbox));

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use caisson_proto::cri;
 
@@ -9,7 +10,12 @@ use super::super::Context;
 use super::super::containers;
 use super::super::registry::{Pod, now};
 use super::cri_state;
+use crate::sandbox::Sandbox;
+use crate::sandbox::pod::confinement::Confinement;
 use crate::store::SandboxRecord;
+
+/// How long a pod process may take to say how it does, for people.
+const STATUS_LIMIT: Duration = Duration::from_secs(2);
 
 /// A pod in a list.
 pub fn item(record: &SandboxRecord) -> cri::PodSandbox {
@@ -25,21 +31,23 @@ pub fn item(record: &SandboxRecord) -> cri::PodSandbox {
     }
 }
 
-/// A pod in full; `verbose` adds what only people read.
+/// What of a pod only people read.
+pub async fn verbose(pod: &Pod) -> HashMap<String, String> {
+    let details = details(pod, &pod.record()).await;
+    HashMap::from([("info".to_owned(), details.to_string())])
+}
+
+/// A pod in full.
 ///
 /// Its containers' statuses, with the time at which all this was so, are there while somebody watches events: a client
 /// that goes by events reads them here, any other asks for each container, as the time of 0 tells it to (CRI
 /// `PodSandboxStatusResponse`).
-pub fn status(context: &Context, pod: &Arc<Pod>, verbose: bool) -> cri::PodSandboxStatusResponse {
+pub fn status(context: &Context, pod: &Arc<Pod>) -> cri::PodSandboxStatusResponse {
     let record = pod.record();
-    let mut info = HashMap::new();
-    if verbose {
-        info.insert("info".to_owned(), details(pod, &record).to_string());
-    }
     let watched = context.registry.is_watched();
     cri::PodSandboxStatusResponse {
         status: Some(pod_status(&record)),
-        info,
+        info: HashMap::new(),
         containers_statuses: if watched {
             containers_statuses(context, pod)
         } else {
@@ -92,11 +100,29 @@ pub fn pod_status(record: &SandboxRecord) -> cri::PodSandboxStatus {
     }
 }
 
-fn details(pod: &Pod, record: &SandboxRecord) -> serde_json::Value {
+/// How the pod's process is confined; `None` if it has ended.
+async fn confinement(sandbox: &dyn Sandbox) -> Option<Confinement> {
+    let pid = sandbox.host_pid()?;
+    let read = tokio::task::spawn_blocking(move || Confinement::read(pid));
+    let mut found = read.await.ok()?.ok()?;
+    let status = tokio::time::timeout(STATUS_LIMIT, sandbox.pod().control.status()).await;
+    found.landlock = status.ok().and_then(Result::ok).map(|s| s.landlock);
+    Some(found)
+}
+
+async fn details(pod: &Pod, record: &SandboxRecord) -> serde_json::Value {
+    let sandbox = pod.sandbox();
+    let confinement = match &sandbox {
+        Some(sandbox) => confinement(sandbox.as_ref()).await,
+        None => None,
+    };
     serde_json::json!({
+        "id": record.id,
+        "handler": record.handler,
         "state": record.state,
         "reason": record.silence.as_ref().unwrap_or(&record.reason),
-        "pid": pod.sandbox().and_then(|sandbox| sandbox.host_pid()),
+        "pid": sandbox.and_then(|sandbox| sandbox.host_pid()),
+        "confinement": confinement,
         "network": record.network,
     })
 }

@@ -5,7 +5,6 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -18,7 +17,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use super::{Host, HostConfig};
 use crate::sandbox::pod::cgroup::{self, Groups};
 use crate::sandbox::pod::control::{self, Control};
-use crate::sandbox::pod::dir::PodDir;
+use crate::sandbox::pod::dir::{PodDir, listen};
 use crate::sandbox::pod::{Fds, process, scratch};
 use crate::sandbox::{Sandbox, SandboxError, SandboxPlan, Scratch, agent, take_back};
 use crate::steps::{self, Step};
@@ -71,7 +70,6 @@ impl Host {
 async fn spawn(plan: &SandboxPlan, config: &HostConfig, dir: &PodDir) -> io::Result<()> {
     let arguments = arguments(plan, config, dir);
     let (config, dir) = (config.clone(), dir.clone());
-    let (id, parent) = (plan.id.clone(), plan.cgroup_parent.clone());
     dir.create()?;
     let Scratch::Disk { bytes, usual } = plan.scratch else {
         return Err(io::Error::other(
@@ -81,15 +79,16 @@ async fn spawn(plan: &SandboxPlan, config: &HostConfig, dir: &PodDir) -> io::Res
     let template = usual.then(|| config.pod.data_dir.clone());
     scratch::create(template, dir.scratch(), bytes).await?;
     steps::done(Step::ScratchMade);
+    let plan = plan.clone();
     tokio::task::spawn_blocking(move || {
         for path in [dir.agent(), dir.agent_root()] {
             DirBuilder::new().recursive(true).mode(0o700).create(path)?;
         }
-        let groups = cgroup::create(&dir, &config.pod, &parent)?;
+        let groups = cgroup::create(&dir, &config.pod, &plan.cgroup_parent)?;
         steps::done(Step::GroupsMade);
         let agent = start_agent(&config, &dir, &groups, arguments)?;
         steps::done(Step::AgentStarted);
-        join(&id, &config, &dir, &groups, agent)
+        join(&plan, &config, &dir, &groups, agent)
     })
     .await?
 }
@@ -167,7 +166,7 @@ fn start_agent(
 
 /// Starts the pod process and hands it what it watches.
 fn join(
-    id: &str,
+    plan: &SandboxPlan,
     config: &HostConfig,
     dir: &PodDir,
     groups: &Groups,
@@ -184,22 +183,23 @@ fn join(
             ))
         })?;
     let exit_file = private(&dir.exit(), false)?;
-    let listener = UnixListener::bind(dir.control())?;
+    let listener = listen(&dir.control())?;
     let mut fds = Fds::default();
     let request = JoinConfig {
         version: PROTOCOL_VERSION,
-        id: id.to_owned(),
+        id: plan.id.clone(),
         agent_directory: fds.push(&directory),
         agent: fds.push(&agent),
         cgroup_kill: fds.push(&kill),
         control_listener: Some(fds.push(&listener)),
         exit_file: Some(fds.push(&exit_file)),
         jail: Some(JailConfig {
-            uid: config.pod.uid,
-            gid: config.pod.gid,
+            uid: plan.user,
+            gid: plan.user,
         }),
     };
-    let socket = process::start(&config.pod.vmm, dir, |pid| {
+    let netns = plan.network.as_ref().map(|network| network.netns.as_path());
+    let socket = process::start(&config.pod.vmm, dir, netns, |pid| {
         cgroup::join(&groups.process, pid)
     })?;
     match control::exchange(socket, &Request::Join(Box::new(request)), &fds.0) {
@@ -268,8 +268,6 @@ mod tests {
         HostConfig {
             pod: PodConfig {
                 vmm: "/x".into(),
-                uid: 1,
-                gid: 1,
                 state_dir: "/s".into(),
                 data_dir: "/d".into(),
                 cgroup_parent: String::new(),

@@ -4,7 +4,6 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -18,7 +17,7 @@ use super::share::{GUEST_PATH, Share};
 use super::{LAYERS_SERIAL, MicroVm, MicroVmConfig, PROCESS_MIB};
 use crate::network::PodNetwork;
 use crate::sandbox::pod::control::{self, Control};
-use crate::sandbox::pod::dir::PodDir;
+use crate::sandbox::pod::dir::{PodDir, listen};
 use crate::sandbox::pod::{Fds, cgroup, process, scratch};
 use crate::sandbox::{Sandbox, SandboxError, SandboxPlan, Scratch, agent, take_back};
 use crate::steps::{self, Step};
@@ -181,8 +180,8 @@ async fn boot(
     let initramfs = open_named(&config.initramfs, OpenOptions::new().read(true), "")?;
     let console = private(&dir.console(), true)?;
     let exit_file = private(&dir.exit(), false)?;
-    let control_listener = UnixListener::bind(dir.control())?;
-    let vsock_listener = UnixListener::bind(dir.vsock())?;
+    let control_listener = listen(&dir.control())?;
+    let vsock_listener = listen(&dir.vsock())?;
 
     let mut fds = Fds::default();
     let vm = VmConfig {
@@ -218,15 +217,19 @@ async fn boot(
             listener: Some(fds.push(&vsock_listener)),
         }),
         jail: Some(JailConfig {
-            uid: config.pod.uid,
-            gid: config.pod.gid,
+            uid: plan.user,
+            gid: plan.user,
         }),
     };
     let (config, parent) = (config.pod.clone(), plan.cgroup_parent.clone());
     let (dir, network) = (dir.clone(), plan.network.clone());
-    let needs = (u64::from(plan.memory_mib) + PROCESS_MIB) << 20;
+    let needs = cgroup::Needs {
+        bytes: (u64::from(plan.memory_mib) + PROCESS_MIB) << 20,
+        vcpus: plan.vcpus,
+    };
     let reply = tokio::task::spawn_blocking(move || {
-        let socket = process::start(&config.vmm, &dir, |pid| {
+        let netns = network.as_ref().map(|network| network.netns.as_path());
+        let socket = process::start(&config.vmm, &dir, netns, |pid| {
             cgroup::place(&dir, &config, &parent, pid, needs)
         })?;
         let reply = control::exchange(socket, &Request::Boot(Box::new(vm)), &fds.0);

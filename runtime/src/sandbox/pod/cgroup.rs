@@ -21,8 +21,41 @@ const SANDBOX: &str = "sandbox";
 const NEEDED: [&str; 3] = ["cpu", "memory", "pids"];
 /// Controllers that its containers can use where the host has them.
 const WANTED: [&str; 3] = ["cpuset", "io", "hugetlb"];
+/// What a pod process may have in the host's page cache, in bytes, and a part of its machine's memory for page tables.
+const CACHE_BYTES: u64 = 256 << 20;
+const TABLES: u64 = 64;
+/// What the pod process of a pod on the host may have: logs on their way, and what of them is in the page cache.
+const WATCHER_BYTES: u64 = 256 << 20;
+/// The most threads of a pod process; it limits itself to as many, too.
+const MAX_THREADS: u32 = 1024;
+/// CPUs that devices may keep busy beside those of the machine.
+const DEVICE_CPUS: u64 = 2;
+/// Microseconds over which CPU time is counted.
+const PERIOD: u64 = 100_000;
 
-/// Makes the cgroup of a microVM that needs so many bytes, and moves the pod process there. On a host without cgroup
+/// What a microVM needs.
+#[derive(Clone, Copy, Debug)]
+pub struct Needs {
+    /// Memory of the machine and of its process.
+    pub bytes: u64,
+    /// Virtual CPUs.
+    pub vcpus: u8,
+}
+
+impl Needs {
+    /// The limits that a pod process gets which has gone astray, whatever its pod was promised: file and content.
+    fn limits(self) -> [(&'static str, String); 3] {
+        let bytes = self.bytes + self.bytes / TABLES + CACHE_BYTES;
+        let cpu = (u64::from(self.vcpus) + DEVICE_CPUS) * PERIOD;
+        [
+            ("memory.max", bytes.to_string()),
+            ("pids.max", MAX_THREADS.to_string()),
+            ("cpu.max", format!("{cpu} {PERIOD}")),
+        ]
+    }
+}
+
+/// Makes the cgroup of a microVM with these needs, limits it to them, and moves the pod process there. On a host without cgroup
 /// v2 the process stays where the daemon is.
 ///
 /// A parent whose limit has no room for the machine is not used: the kernel would end the whole pod as soon as its guest
@@ -33,19 +66,20 @@ pub fn place(
     config: &PodConfig,
     parent: &str,
     pid: u32,
-    needs: u64,
+    needs: Needs,
 ) -> io::Result<()> {
     if !Path::new(ROOT).join("cgroup.controllers").exists() {
         tracing::debug!("no cgroup v2 on this host: the pod process stays in the daemon's cgroup");
         return Ok(());
     }
     let limit = memory_limit(&resolve(parent)?);
-    let parent = match limit.filter(|limit| *limit < needs) {
+    let parent = match limit.filter(|limit| *limit < needs.bytes) {
         Some(limit) => {
             tracing::warn!(
                 pod = dir.name(),
-                "the cgroup {parent} is limited to {limit} bytes and the pod's machine needs {needs}: the pod is \
+                "the cgroup {parent} is limited to {limit} bytes and the pod's machine needs {}: the pod is \
                  accounted for in {}; name the overhead in the pod's RuntimeClass",
+                needs.bytes,
                 config.cgroup_parent
             );
             ""
@@ -53,9 +87,20 @@ pub fn place(
         None => parent,
     };
     let path = note(dir, config, parent)?;
-    fs::create_dir_all(&path)
-        .and_then(|()| join(&path, pid))
-        .map_err(|e| about(&path, &e))
+    fs::create_dir_all(&path).map_err(|e| about(&path, &e))?;
+    // Groups above that have processes cannot have limits below; then those above must do.
+    let limited = path.parent().map_or(Ok(()), |above| enable(above, &[]));
+    if let Err(error) = limited.and_then(|()| set_limits(&path, &needs.limits())) {
+        tracing::debug!(pod = dir.name(), %error, "the pod process has no limits of its own");
+    }
+    join(&path, pid).map_err(|e| about(&path, &e))
+}
+
+/// Writes a group's limits.
+fn set_limits(group: &Path, limits: &[(&str, String)]) -> io::Result<()> {
+    limits.iter().try_for_each(|(file, limit)| {
+        fs::write(group.join(file), limit).map_err(|e| about(&group.join(file), &e))
+    })
 }
 
 /// The limit in force for a group: the lowest of its own and those above.
@@ -98,31 +143,34 @@ pub fn create(dir: &PodDir, config: &PodConfig, parent: &str) -> io::Result<Grou
     for group in [&groups.process, &groups.sandbox] {
         fs::create_dir_all(group).map_err(|e| about(group, &e))?;
     }
-    let wanted: Vec<_> = NEEDED
-        .iter()
-        .chain(&WANTED)
-        .filter(|one| has(one))
-        .collect();
-    let above: Vec<_> = path
+    let wanted: Vec<_> = WANTED.into_iter().filter(|one| has(one)).collect();
+    enable(&path, &wanted)?;
+    let limits = [
+        ("memory.max", WATCHER_BYTES.to_string()),
+        ("pids.max", MAX_THREADS.to_string()),
+    ];
+    set_limits(&groups.process, &limits)?;
+    Ok(groups)
+}
+
+/// Lets the groups below this one have the needed controllers, and as far as possible the wanted ones.
+fn enable(group: &Path, wanted: &[&str]) -> io::Result<()> {
+    let above: Vec<_> = group
         .ancestors()
         .take_while(|p| p.starts_with(ROOT))
         .collect();
     for group in above.into_iter().rev() {
-        let enabled = fs::read_to_string(group.join("cgroup.subtree_control"))
-            .map_err(|e| about(group, &e))?;
-        for controller in &wanted {
-            if !enabled.split_whitespace().any(|one| one == **controller) {
-                let result = fs::write(
-                    group.join("cgroup.subtree_control"),
-                    format!("+{controller}"),
-                );
-                if NEEDED.contains(controller) {
-                    result.map_err(|e| about(group, &e))?;
-                }
-            }
+        let file = group.join("cgroup.subtree_control");
+        let enabled = fs::read_to_string(&file).map_err(|e| about(group, &e))?;
+        let missing = |one: &&&str| !enabled.split_whitespace().any(|has| has == **one);
+        for controller in NEEDED.iter().filter(missing) {
+            fs::write(&file, format!("+{controller}")).map_err(|e| about(group, &e))?;
+        }
+        for controller in wanted.iter().filter(missing) {
+            let _ = fs::write(&file, format!("+{controller}"));
         }
     }
-    Ok(groups)
+    Ok(())
 }
 
 /// Moves a process to a group.
@@ -258,5 +306,19 @@ mod tests {
         );
         is("", "");
         assert!(resolve("/a/../../b").is_err());
+    }
+
+    // must-test: the VMM killed by its own memory limit, because overhead was not accounted for
+    #[test]
+    fn a_pods_own_limits_leave_room_for_all_that_it_needs() {
+        let needs = Needs {
+            bytes: 544 << 20,
+            vcpus: 2,
+        };
+        let [memory, threads, cpu] = needs.limits();
+        let bytes: u64 = memory.1.parse().unwrap();
+        assert!(bytes >= needs.bytes + CACHE_BYTES, "{bytes}");
+        assert_eq!(threads, ("pids.max", "1024".into()));
+        assert_eq!(cpu, ("cpu.max", "400000 100000".into()));
     }
 }

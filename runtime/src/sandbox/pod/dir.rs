@@ -2,7 +2,8 @@
 
 use std::fs;
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use caisson_vmm_protocol::{AGENT_SOCKET, STREAM_SOCKET};
@@ -196,6 +197,13 @@ impl PodDir {
     }
 }
 
+/// Listens on a new socket, for root only.
+pub fn listen(path: &Path) -> io::Result<UnixListener> {
+    let listener = UnixListener::bind(path)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
 fn tail(path: &Path) -> io::Result<String> {
     let mut file = fs::File::open(path)?;
     let length = file.metadata()?.len();
@@ -212,8 +220,6 @@ mod tests {
     fn config(state: &Path) -> PodConfig {
         PodConfig {
             vmm: "/x".into(),
-            uid: 1,
-            gid: 1,
             state_dir: state.join("s"),
             data_dir: state.join("d"),
             cgroup_parent: String::new(),

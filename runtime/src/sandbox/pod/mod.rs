@@ -2,6 +2,7 @@
 //! and cgroup, and an agent behind it.
 
 pub mod cgroup;
+pub mod confinement;
 pub mod control;
 pub mod dir;
 pub mod health;
@@ -34,10 +35,6 @@ const AFTER_KILL: Duration = Duration::from_secs(2);
 pub struct PodConfig {
     /// The `caisson-vmm` binary.
     pub vmm: PathBuf,
-    /// The host user that pod processes run as; not 0.
-    pub uid: u32,
-    /// The group.
-    pub gid: u32,
     /// Where running pods have their sockets: a tmpfs such as /run/caisson.
     pub state_dir: PathBuf,
     /// Where pods have their disks, such as /var/lib/caisson.

@@ -11,17 +11,20 @@ use std::time::Duration;
 
 use caisson_vmm_protocol::CONTROL_FD;
 use nix::errno::Errno;
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, dup2_raw, setsid};
 
 use super::dir::PodDir;
 use crate::steps::{self, Step};
 
-/// Starts `caisson-vmm` in a session of its own: it outlives the daemon. `place` puts the new process into its cgroup.
-/// Returns the daemon's end of its control socket.
+/// Starts `caisson-vmm` in a session of its own: it outlives the daemon. It is the first process of a PID namespace, and
+/// in the pod's network namespace `netns`; without one, in an empty one. `place` puts the new process into its
+/// cgroup. Returns the daemon's end of its control socket.
 pub fn start(
     vmm: &Path,
     dir: &PodDir,
+    netns: Option<&Path>,
     place: impl FnOnce(u32) -> io::Result<()>,
 ) -> io::Result<UnixStream> {
     let (ours, theirs) = UnixStream::pair()?;
@@ -57,9 +60,11 @@ pub fn start(
             Ok(())
         });
     }
-    let mut child = command
-        .spawn()
-        .map_err(|e| io::Error::other(format!("{} cannot be run: {e}", vmm.display())))?;
+    let mut child = in_namespaces(netns, || {
+        command
+            .spawn()
+            .map_err(|e| io::Error::other(format!("{} cannot be run: {e}", vmm.display())))
+    })?;
     steps::done(Step::ProcessStarted);
     let placed = note_pid(dir, child.id()).and_then(|()| {
         steps::done(Step::ProcessNoted);
@@ -73,6 +78,29 @@ pub fn start(
     steps::done(Step::ProcessPlaced);
     reap(child)?;
     Ok(ours)
+}
+
+/// Does `spawn` on a thread of its own, whose children are in a new PID namespace and in this network namespace: a thread
+/// that has such children can have no threads, so it ends then.
+fn in_namespaces(
+    netns: Option<&Path>,
+    spawn: impl FnOnce() -> io::Result<Child> + Send,
+) -> io::Result<Child> {
+    let inside = || {
+        unshare(CloneFlags::CLONE_NEWPID)?;
+        match netns {
+            Some(path) => setns(fs::File::open(path)?, CloneFlags::CLONE_NEWNET)?,
+            None => unshare(CloneFlags::CLONE_NEWNET)?,
+        }
+        spawn()
+    };
+    std::thread::scope(|scope| {
+        std::thread::Builder::new()
+            .name("pod-start".into())
+            .spawn_scoped(scope, inside)?
+            .join()
+            .map_err(|_| io::Error::other("the thread that starts the pod process has panicked"))?
+    })
 }
 
 /// Keeps a process whose end is learnt otherwise from staying a zombie.

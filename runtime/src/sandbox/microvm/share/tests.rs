@@ -68,8 +68,6 @@ impl Setup {
         let temp = tempfile::tempdir().unwrap();
         let config = PodConfig {
             vmm: "/x".into(),
-            uid: 1,
-            gid: 1,
             state_dir: temp.path().join("s"),
             data_dir: temp.path().join("d"),
             cgroup_parent: String::new(),

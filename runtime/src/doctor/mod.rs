@@ -1,5 +1,7 @@
 //! What a node needs, and whether it is there: `caisson doctor`, and the daemon's own question whether KVM works.
 
+pub mod pod;
+
 use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
 use std::time::{Duration, Instant};
