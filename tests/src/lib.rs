@@ -14,6 +14,8 @@ mod node;
 mod pods;
 mod random;
 pub mod streaming;
+#[cfg(test)]
+mod threat_model;
 
 use sha2::{Digest as _, Sha256};
 
