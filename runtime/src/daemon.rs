@@ -11,6 +11,7 @@ use std::time::Duration;
 use caisson_proto::cli::cli_server::CliServer;
 use caisson_proto::cri::image_service_server::ImageServiceServer;
 use caisson_proto::cri::runtime_service_server::RuntimeServiceServer;
+use caisson_vmm_protocol::RateLimit;
 use futures::StreamExt as _;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::UnixListener;
@@ -231,6 +232,14 @@ fn microvm_config(config: &Config) -> MicroVmConfig {
         initramfs: or(config.initramfs_path(), &microvm.initramfs),
         cmdline_extra: microvm.kernel_cmdline_extra.clone(),
         start_timeout: Duration::from_secs(u64::from(microvm.start_timeout_seconds)),
+        disk_rate: RateLimit {
+            bytes: microvm.disk_bytes_per_second,
+            operations: microvm.disk_operations_per_second,
+        },
+        net_rate: RateLimit {
+            bytes: microvm.net_bytes_per_second,
+            operations: microvm.net_packets_per_second,
+        },
     }
 }
 

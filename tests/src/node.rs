@@ -42,6 +42,8 @@ pub struct NodeOptions {
     pub allow_host: bool,
     /// Another daemon.
     pub daemon: Option<PathBuf>,
+    /// More lines for the `[microvm]` part of the configuration.
+    pub microvm: String,
     /// Layers have fs-verity: for a root on a disk that has it.
     pub verity: bool,
 }
@@ -407,6 +409,7 @@ initramfs = "{build}/initramfs.cpio"
 vcpus = 1
 memory_mib = 192
 scratch_gib = 2
+{microvm}
 
 [images]
 verity = {verity}
@@ -419,6 +422,7 @@ timeout_seconds = {plugin_seconds}
         plugins = dir.join("plugins").display(),
         plugin_seconds = options.plugin_seconds.unwrap_or(60),
         allow_host = options.allow_host,
+        microvm = options.microvm,
         verity = options.verity,
         root = root.display(),
         state = state.display(),

@@ -1,9 +1,12 @@
 //! Limits of containers that change while they run.
 
 use std::collections::HashMap;
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::time::{Duration, Instant};
 
 use caisson_proto::cri;
-use caisson_tests::{Container, ContainerOptions, Node, PodOptions};
+use caisson_tests::{Container, ContainerOptions, Node, NodeOptions, PodOptions};
 use tonic::{Code, Status};
 
 const SLEEP: &str = "trap 'exit 0' TERM; sleep 100000 & wait";
@@ -170,6 +173,54 @@ async fn every_limit_of_a_running_container_changes() {
     node.stop_container(&container, 5).await;
     let error = update(&node, &container, none()).await.unwrap_err();
     assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
+    node.remove(&pod).await;
+    node.assert_nothing_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn disk_and_network_keep_to_their_limits() {
+    let options = NodeOptions {
+        microvm: "disk_bytes_per_second = 4_000_000\nnet_bytes_per_second = 1_000_000\n".into(),
+        ..NodeOptions::default()
+    };
+    let Some(node) = Node::start_with(options).await else {
+        return;
+    };
+    let pod = node.pod("limited").await;
+    let container = node.run(&pod, "c", SLEEP).await;
+    // Never shorter than what the limit leaves it, however slow the machine is. What is written to a container's root is
+    // on the disk at once only if it is written past the guest's memory.
+    for direct in [
+        "if=/dev/zero of=/file oflag=direct",
+        "if=/file of=/dev/null iflag=direct",
+    ] {
+        let begin = Instant::now();
+        let script = format!("dd {direct} bs=64k count=192");
+        node.says(&container, &script).await;
+        let elapsed = begin.elapsed();
+        assert!(elapsed >= Duration::from_millis(2900), "{elapsed:?}");
+    }
+
+    let listener = TcpListener::bind("10.99.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let host = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut sent = vec![0; 3 << 20];
+        stream.read_exact(&mut sent).unwrap();
+        drop(stream);
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.write_all(&sent).unwrap();
+    });
+    for script in [
+        format!("dd if=/dev/zero bs=1M count=3 | nc 10.99.0.1 {port}"),
+        format!("nc 10.99.0.1 {port} </dev/null | wc -c"),
+    ] {
+        let begin = Instant::now();
+        let said = node.says(&container, &script).await;
+        assert!(begin.elapsed() >= Duration::from_millis(2900), "{said}");
+        assert!(said.is_empty() || said == "3145728", "{said}");
+    }
+    host.join().unwrap();
     node.remove(&pod).await;
     node.assert_nothing_left().await;
 }

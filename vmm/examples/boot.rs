@@ -10,7 +10,7 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use caisson_vmm_protocol::{
-    CONTROL_FD, Channel, Event, FdIndex, PROTOCOL_VERSION, Reply, Request, VmConfig,
+    CONTROL_FD, Channel, Event, FdIndex, PROTOCOL_VERSION, RateLimit, Reply, Request, VmConfig,
 };
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -65,6 +65,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         exit_file: None,
         disks: Vec::new(),
         layers: None,
+        disk_rate: RateLimit::default(),
+        net_rate: RateLimit::default(),
         nets: Vec::new(),
         share: None,
         vsock: None,

@@ -173,20 +173,19 @@ fn create_devices(config: &mut MachineConfig, events: &Arc<Events>) -> Result<De
     for disk in config.disks.drain(..) {
         let device = Block::new(disk.file.into(), &disk.serial, disk.read_only)
             .map_err(device(&format!("disk {}", disk.serial)))?;
-        all.push(Box::new(device));
+        all.push(Box::new(device.limited(config.disk_rate)));
     }
     let mut layers = None;
     if let Some(serial) = config.layers.take() {
         let shared = Arc::new(Layers::default());
         let device = Block::of_layers(Arc::clone(&shared), &serial)
             .map_err(device(&format!("disk {serial}")))?;
-        all.push(Box::new(device));
+        all.push(Box::new(device.limited(config.disk_rate)));
         layers = Some(shared);
     }
     for net in config.nets.drain(..) {
-        all.push(Box::new(
-            Net::new(net.tap, net.mac, net.mtu).map_err(device("network device"))?,
-        ));
+        let device = Net::new(net.tap, net.mac, net.mtu).map_err(device("network device"))?;
+        all.push(Box::new(device.limited(config.net_rate)));
     }
     let mut connector = None;
     if let Some(vsock) = config.vsock.take() {

@@ -5,8 +5,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 
 use caisson_vmm_protocol::{
-    ChannelError, DiskConfig, FdIndex, Frame, JailConfig, NetConfig, PROTOCOL_VERSION, ShareConfig,
-    VmConfig, VsockConfig,
+    ChannelError, DiskConfig, FdIndex, Frame, JailConfig, NetConfig, PROTOCOL_VERSION, RateLimit,
+    ShareConfig, VmConfig, VsockConfig,
 };
 
 use crate::arch::layout;
@@ -118,6 +118,10 @@ pub struct MachineConfig {
     pub layers: Option<String>,
     /// Network devices.
     pub nets: Vec<Net>,
+    /// The most that each disk does.
+    pub disk_rate: RateLimit,
+    /// The most that each network device does in each direction.
+    pub net_rate: RateLimit,
     /// The share.
     pub share: Option<Share>,
     /// The vsock device.
@@ -183,6 +187,8 @@ impl MachineConfig {
                 .collect::<Result<_, _>>()?,
             share: config.share.map(|share| fds.share(share)).transpose()?,
             vsock: config.vsock.map(|vsock| fds.vsock(vsock)).transpose()?,
+            disk_rate: config.disk_rate,
+            net_rate: config.net_rate,
             jail: config.jail,
             id: config.id,
         })

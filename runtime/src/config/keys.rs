@@ -113,6 +113,26 @@ const KEYS: &[(&str, &str, &str)] = &[
     ),
     (
         "microvm",
+        "disk_bytes_per_second",
+        "Bytes that each disk of a pod reads and writes in a second at most; 0: no limit.",
+    ),
+    (
+        "microvm",
+        "disk_operations_per_second",
+        "Requests that each disk of a pod serves in a second at most; 0: no limit.",
+    ),
+    (
+        "microvm",
+        "net_bytes_per_second",
+        "Bytes that a pod sends in a second at most, and as many that it receives; 0: no limit. What is more waits, or is dropped by the tap.",
+    ),
+    (
+        "microvm",
+        "net_packets_per_second",
+        "Frames (of up to 64 KiB) that a pod sends in a second at most, and as many that it receives; 0: no limit.",
+    ),
+    (
+        "microvm",
         "kernel_cmdline_extra",
         "Words added to the guest's kernel command line.",
     ),

@@ -98,6 +98,14 @@ pub struct MicroVmConfig {
     pub first_user: u32,
     /// How many user IDs from there on are for pod processes: each pod has one.
     pub users: u32,
+    /// Bytes that each disk of a pod reads and writes in a second at most; 0: no limit.
+    pub disk_bytes_per_second: u64,
+    /// Requests that each disk of a pod serves in a second at most; 0: no limit.
+    pub disk_operations_per_second: u64,
+    /// Bytes that a pod sends in a second at most, and as many that it receives; 0: no limit.
+    pub net_bytes_per_second: u64,
+    /// Frames that a pod sends in a second at most, and as many that it receives; 0: no limit.
+    pub net_packets_per_second: u64,
     /// Words added to the guest's kernel command line.
     pub kernel_cmdline_extra: String,
     /// Seconds that a guest may take from power-on until its agent answers, 1 to 3600.
@@ -220,6 +228,10 @@ impl Default for MicroVmConfig {
             scratch_gib: 8,
             first_user: 1_900_000_000,
             users: 65_536,
+            disk_bytes_per_second: 0,
+            disk_operations_per_second: 0,
+            net_bytes_per_second: 0,
+            net_packets_per_second: 0,
             kernel_cmdline_extra: String::new(),
             start_timeout_seconds: 120,
         }

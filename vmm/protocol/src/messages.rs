@@ -101,12 +101,28 @@ pub struct VmConfig {
     pub layers: Option<String>,
     /// Network devices.
     pub nets: Vec<NetConfig>,
+    /// The most that each disk does, reading and writing together.
+    #[serde(default)]
+    pub disk_rate: RateLimit,
+    /// The most that each network device does in each direction.
+    #[serde(default)]
+    pub net_rate: RateLimit,
     /// The virtio-fs share.
     pub share: Option<ShareConfig>,
     /// The vsock device.
     pub vsock: Option<VsockConfig>,
     /// The unprivileged identity that the process takes once everything is in hand.
     pub jail: Option<JailConfig>,
+}
+
+/// The most that a device does in a second. 0: as much as it can.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimit {
+    /// Bytes of data.
+    pub bytes: u64,
+    /// Requests or frames.
+    pub operations: u64,
 }
 
 /// A virtio block device (virtio 1.2 §5.2) on a raw image. The format is never guessed.

@@ -12,6 +12,7 @@ pub mod buffers;
 pub mod fs;
 pub mod net;
 pub mod queue;
+mod rate;
 pub mod rng;
 pub mod service;
 #[cfg(test)]

@@ -9,13 +9,16 @@ use std::num::Wrapping;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
+use std::time::Instant;
 
+use caisson_vmm_protocol::RateLimit;
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{DescriptorChain, Error as QueueError, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::buffers::Buffers;
+use super::rate::Rate;
 use super::{ActiveQueue, DeviceError, Interrupt};
 
 /// Chains that a device serves in one go before it looks for other work: a driver that makes buffers
@@ -54,6 +57,9 @@ pub struct Ring {
     interrupt: Arc<dyn Interrupt>,
     /// The used index when the driver was last considered for an interrupt (virtio 1.2 §2.7.10).
     considered: Wrapping<u16>,
+    rate: Rate,
+    /// When to go on, if the rate's limit was reached.
+    due: Option<Instant>,
 }
 
 impl Ring {
@@ -74,12 +80,41 @@ impl Ring {
             queue: active.queue,
             notify: active.notify,
             interrupt,
+            rate: Rate::new(RateLimit::default(), Instant::now()),
+            due: None,
         };
         if ring.queue.is_valid(memory) {
             Ok(ring)
         } else {
             Err(ring.broken("its rings are not in guest memory"))
         }
+    }
+
+    /// Keeps the queue to a limit from now on. Without one it does what it can.
+    pub fn limit(&mut self, limit: RateLimit) {
+        self.rate = Rate::new(limit, Instant::now());
+    }
+
+    /// Whether the limit is reached; then [`Ring::due`] says when to go on.
+    pub fn is_closed(&mut self) -> bool {
+        self.due = if self.rate.is_limited() {
+            self.rate.closed_until(Instant::now())
+        } else {
+            None
+        };
+        self.due.is_some()
+    }
+
+    /// Accounts for something that was done, with so many bytes of data.
+    pub fn spend(&mut self, bytes: usize) {
+        if self.rate.is_limited() {
+            self.rate.spend(bytes, Instant::now());
+        }
+    }
+
+    /// When the queue is to be served again though nobody notifies; `None` where its limit is not reached.
+    pub fn due(&self) -> Option<Instant> {
+        self.due
     }
 
     /// The descriptor that is readable when the driver has notified the device.
@@ -230,7 +265,8 @@ impl Ring {
     }
 
     /// Serves what is available, at most [`BUDGET`] chains, and interrupts after each. `serve` returns how
-    /// many bytes it wrote to the chain. Where the budget is used up, the queue notifies itself.
+    /// many bytes it wrote to the chain. Where the budget is used up, the queue notifies itself; where its limit is
+    /// reached, it waits until it is [`Ring::due`].
     ///
     /// # Errors
     /// What the ring or `serve` says.
@@ -242,8 +278,11 @@ impl Ring {
         let mut left = BUDGET;
         loop {
             self.disable_notification(memory)?;
-            while let Some(chain) = self.pop(memory)? {
+            while !self.is_closed()
+                && let Some(chain) = self.pop(memory)?
+            {
                 let (head, room) = (chain.head, chain.writable.len());
+                self.spend(chain.readable.len() + room);
                 let len = serve(chain)?;
                 debug_assert!(len as usize <= room, "more than there is room for");
                 self.push(memory, Used { head, len })?;
@@ -256,7 +295,8 @@ impl Ring {
                     return Ok(());
                 }
             }
-            if !self.enable_notification(memory)? {
+            // Of a closed queue nobody needs to be told: it is served when it is due.
+            if self.due.is_some() || !self.enable_notification(memory)? {
                 return Ok(());
             }
         }

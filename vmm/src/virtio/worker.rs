@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::RawFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -85,6 +86,19 @@ pub trait Handler: Send + 'static {
     /// # Errors
     /// [`DeviceError`] ends the machine.
     fn handle(&mut self, token: u64, ready: EventSet, poll: &Poll) -> Result<(), DeviceError>;
+
+    /// When [`Handler::go_on`] is to be called; `None`: not by the clock.
+    fn due(&self) -> Option<Instant> {
+        None
+    }
+
+    /// Goes on with what had to wait for the time that [`Handler::due`] named.
+    ///
+    /// # Errors
+    /// [`DeviceError`] ends the machine.
+    fn go_on(&mut self, _: &Poll) -> Result<(), DeviceError> {
+        Ok(())
+    }
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -210,7 +224,7 @@ fn run<H: Handler>(handler: &mut H, poll: &Poll, shared: &Shared) -> Result<(), 
         if !wait_for_order(shared) {
             return Ok(());
         }
-        let ready = match poll.0.wait(-1, &mut events) {
+        let ready = match poll.0.wait(timeout(handler.due()), &mut events) {
             Ok(n) => n,
             Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
             Err(source) => {
@@ -227,7 +241,17 @@ fn run<H: Handler>(handler: &mut H, poll: &Poll, shared: &Shared) -> Result<(), 
                 handler.handle(event.data(), event.event_set(), poll)?;
             }
         }
+        if handler.due().is_some_and(|due| due <= Instant::now()) {
+            handler.go_on(poll)?;
+        }
     }
+}
+
+/// Milliseconds until then, rounded up, as `epoll_wait` takes them: -1 is for ever.
+fn timeout(due: Option<Instant>) -> i32 {
+    let Some(due) = due else { return -1 };
+    let left = due.saturating_duration_since(Instant::now());
+    i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
 }
 
 /// Waits while the order is to park. False when it is to stop.

@@ -15,8 +15,8 @@ use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
 
 use caisson_vmm_protocol::{
-    CONTROL_FD, Channel, Event, ExitReason, FdIndex, PROTOCOL_VERSION, Reply, Request, VmConfig,
-    VmStatus,
+    CONTROL_FD, Channel, Event, ExitReason, FdIndex, PROTOCOL_VERSION, RateLimit, Reply, Request,
+    VmConfig, VmStatus,
 };
 use tempfile::TempDir;
 
@@ -86,6 +86,8 @@ impl Spec {
                 exit_file: None,
                 disks: Vec::new(),
                 layers: None,
+                disk_rate: RateLimit::default(),
+                net_rate: RateLimit::default(),
                 nets: Vec::new(),
                 share: None,
                 vsock: None,

@@ -22,6 +22,8 @@ use super::ids::{IdRange, UserIds};
 use super::pod::dir::PodDir;
 use super::pod::{PodConfig, PodProcess};
 use super::{Sandbox, SandboxError, SharedVolume, VolumeOptions};
+use caisson_vmm_protocol::RateLimit;
+
 use crate::timings::Timings;
 use share::Share;
 use tree::Tree;
@@ -63,6 +65,10 @@ pub struct MicroVmConfig {
     pub cmdline_extra: String,
     /// How long a guest may take from power-on until its agent answers.
     pub start_timeout: Duration,
+    /// The most that each disk does.
+    pub disk_rate: RateLimit,
+    /// The most that the network device does in each direction.
+    pub net_rate: RateLimit,
 }
 
 /// A pod in its microVM.

@@ -208,6 +208,8 @@ async fn boot(
             .collect(),
         layers: Some(LAYERS_SERIAL.into()),
         nets: net(plan.network.as_ref(), &mut fds)?,
+        disk_rate: config.disk_rate,
+        net_rate: config.net_rate,
         share: Some(ShareConfig {
             tag: SHARE_TAG.into(),
             root: fds.push(&parts.share_root),

@@ -13,7 +13,9 @@ mod request;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
+use caisson_vmm_protocol::RateLimit;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
@@ -49,6 +51,7 @@ const MOST_ZEROED: u32 = 1 << 13;
 pub struct Block {
     config: [u8; 60],
     read_only: bool,
+    limit: RateLimit,
     service: Service<Disk, Requests>,
 }
 
@@ -70,10 +73,17 @@ impl Block {
         Ok(Self::with(Disk::of_layers(layers, serial)?))
     }
 
+    /// The same device, which does no more than this.
+    #[must_use]
+    pub fn limited(self, limit: RateLimit) -> Self {
+        Self { limit, ..self }
+    }
+
     fn with(disk: Disk) -> Self {
         Self {
             config: config(disk.sectors()),
             read_only: disk.read_only(),
+            limit: RateLimit::default(),
             service: Service::new(Kind::Block, DEVICE, disk),
         }
     }
@@ -128,7 +138,8 @@ impl VirtioDevice for Block {
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), DeviceError> {
-        let [ring] = service::rings(DEVICE, &mut activation)?;
+        let [mut ring] = service::rings(DEVICE, &mut activation)?;
+        ring.limit(self.limit);
         let memory = activation.memory;
         self.service
             .start(activation.failure, |disk| Requests { memory, ring, disk })
@@ -172,6 +183,14 @@ impl Handler for Requests {
 
     fn handle(&mut self, _: u64, _: EventSet, _: &Poll) -> Result<(), DeviceError> {
         self.ring.take_notification();
+        self.serve()
+    }
+
+    fn due(&self) -> Option<Instant> {
+        self.ring.due()
+    }
+
+    fn go_on(&mut self, _: &Poll) -> Result<(), DeviceError> {
         self.serve()
     }
 }

@@ -1,7 +1,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::super::testing::{Desc, Driver, activation, memory, wait_until};
 use super::super::{Memory, VirtioDevice};
@@ -26,6 +26,10 @@ struct Setup {
 
 impl Setup {
     fn new(sectors: u8, read_only: bool) -> Self {
+        Self::limited(sectors, read_only, RateLimit::default())
+    }
+
+    fn limited(sectors: u8, read_only: bool, limit: RateLimit) -> Self {
         let mut image = tempfile::NamedTempFile::new().unwrap();
         for sector in 0..sectors {
             image.write_all(&[sector; 512]).unwrap();
@@ -37,7 +41,8 @@ impl Setup {
             .unwrap();
         let memory = memory();
         let driver = Driver::new(&memory, 256);
-        let mut device = Block::new(file.into(), "disk-0", read_only).unwrap();
+        let device = Block::new(file.into(), "disk-0", read_only).unwrap();
+        let mut device = device.limited(limit);
         let (start, failures) = activation(&[&driver], 0);
         device.activate(start).unwrap();
         Self {
@@ -341,4 +346,34 @@ fn what_is_not_a_disk_is_refused() {
     assert!(refused(open(), "a serial with spaces", true).contains("1 to 20"));
     assert!(refused(open(), &"x".repeat(21), true).contains("1 to 20"));
     assert!(Block::new(open(), &"x".repeat(20), true).is_ok());
+}
+
+#[test]
+fn a_limit_slows_requests_down_and_loses_none() {
+    let limit = RateLimit {
+        bytes: 0,
+        operations: 50,
+    };
+    let mut s = Setup::limited(8, false, limit);
+    let begin = Instant::now();
+    for _ in 0..25 {
+        assert_eq!(s.request(0, 2, &[Desc::write(DATA, 512)]), (OK, 513));
+    }
+    // Half a second, but for what may be done at once.
+    assert!(begin.elapsed() >= Duration::from_millis(350));
+    // A request of more than a second's bytes is served whole, and the one behind it waits.
+    let limit = RateLimit {
+        bytes: 1024,
+        operations: 0,
+    };
+    let mut s = Setup::limited(8, false, limit);
+    let begin = Instant::now();
+    assert_eq!(s.request(0, 4, &[Desc::write(DATA, 2048)]), (OK, 2049));
+    assert_eq!(s.driver.bytes(DATA, 512), vec![4; 512]);
+    assert_eq!(s.request(0, 1, &[Desc::write(DATA, 512)]), (OK, 513));
+    assert!(begin.elapsed() >= Duration::from_millis(1500));
+    // A pause does not wait for the limit.
+    s.device.pause();
+    s.device.resume();
+    assert_eq!(s.request(4, 0, &[]), (OK, 1));
 }

@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
@@ -83,6 +84,10 @@ impl Frames {
         let mut delivered = 0;
         let wait_for = loop {
             if self.pending == 0 {
+                // Frames wait in the tap, which drops what it has no room for.
+                if self.receive.is_closed() {
+                    break EventSet::empty();
+                }
                 if delivered >= BUDGET || self.polled.is_none() {
                     // Level-triggered: what is left makes the tap readable again.
                     break EventSet::IN;
@@ -102,6 +107,7 @@ impl Frames {
             }
             match self.deliver(&memory)? {
                 Delivery::Done => {
+                    self.receive.spend(self.pending);
                     self.pending = 0;
                     delivered += 1;
                 }
@@ -238,6 +244,16 @@ impl Handler for Frames {
             _ if ready.intersects(EventSet::ERROR | EventSet::HANG_UP) => self.tap_is_gone(poll),
             _ => self.receive(poll),
         }
+    }
+
+    fn due(&self) -> Option<Instant> {
+        let due = [self.receive.due(), self.transmit.due()];
+        due.into_iter().flatten().min()
+    }
+
+    fn go_on(&mut self, poll: &Poll) -> Result<(), DeviceError> {
+        self.transmit(poll)?;
+        self.receive(poll)
     }
 }
 

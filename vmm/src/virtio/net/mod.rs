@@ -13,6 +13,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use caisson_vmm_protocol::RateLimit;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
@@ -61,6 +62,7 @@ pub struct Net {
     mac: [u8; 6],
     mtu: u16,
     link: Arc<AtomicBool>,
+    limit: RateLimit,
     service: Service<Tap, Frames>,
 }
 
@@ -80,8 +82,15 @@ impl Net {
             mac,
             mtu,
             link: Arc::new(AtomicBool::new(true)),
+            limit: RateLimit::default(),
             service: Service::new(Kind::Net, DEVICE, Tap::new(tap)?),
         })
+    }
+
+    /// The same device, which does no more than this in each direction.
+    #[must_use]
+    pub fn limited(self, limit: RateLimit) -> Self {
+        Self { limit, ..self }
     }
 }
 
@@ -131,7 +140,9 @@ impl VirtioDevice for Net {
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), DeviceError> {
-        let [receive, transmit] = service::rings(DEVICE, &mut activation)?;
+        let [mut receive, mut transmit] = service::rings(DEVICE, &mut activation)?;
+        receive.limit(self.limit);
+        transmit.limit(self.limit);
         let features = activation.features;
         let mut offload = Ok(());
         let link = Arc::clone(&self.link);

@@ -1,7 +1,7 @@
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::sync::atomic::AtomicUsize;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::super::Memory;
 use super::super::testing::{Desc, Driver, Interrupts, activation, memory, readable, wait_until};
@@ -29,6 +29,10 @@ struct Setup {
 
 impl Setup {
     fn new(features: u64, size: u16, prepare: impl FnOnce(&Setup)) -> Self {
+        Self::limited(features, size, RateLimit::default(), prepare)
+    }
+
+    fn limited(features: u64, size: u16, limit: RateLimit, prepare: impl FnOnce(&Setup)) -> Self {
         let (wire, tap) = pair();
         wire.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
         let memory = memory();
@@ -37,7 +41,9 @@ impl Setup {
         let transmit = Driver::numbered(&memory, size, 1, Arc::clone(&interrupts));
         let (start, failures) = activation(&[&receive, &transmit], features);
         let link = Arc::new(AtomicBool::new(true));
-        let rings = (receive.ring(DEVICE), transmit.ring(DEVICE));
+        let mut rings = (receive.ring(DEVICE), transmit.ring(DEVICE));
+        rings.0.limit(limit);
+        rings.1.limit(limit);
         let frames = Frames::new(
             Tap::from_socket(tap, false).unwrap(),
             memory.clone(),
@@ -419,4 +425,36 @@ fn a_real_tap_is_served_until_its_interface_is_deleted() {
     assert_eq!(interrupts.configs(), 1);
     assert!(failures.try_recv().is_err());
     device.reset();
+}
+
+#[test]
+fn each_direction_keeps_to_the_limit_and_loses_nothing_by_it() {
+    let limit = RateLimit {
+        bytes: 0,
+        operations: 20,
+    };
+    let s = Setup::limited(0, 16, limit, |_| {});
+    s.transmit.put(BUFFER, &frame(60, 9));
+    let begin = Instant::now();
+    for _ in 0..10 {
+        s.transmit.add(&[Desc::read(BUFFER, 72)]);
+    }
+    s.transmit.notify();
+    let mut got = [0; 2048];
+    for _ in 0..10 {
+        assert_eq!(s.wire.recv(&mut got).unwrap(), 72);
+    }
+    // Half a second, but for what may be done at once.
+    assert!(begin.elapsed() >= Duration::from_millis(300));
+
+    for _ in 0..10 {
+        s.receive.add(&[Desc::write(BUFFER, 2048)]);
+    }
+    s.receive.notify();
+    let begin = Instant::now();
+    for _ in 0..10 {
+        s.wire.send(&frame(60, 1)).unwrap();
+    }
+    wait_until("all are received", || s.receive.used_index() == 10);
+    assert!(begin.elapsed() >= Duration::from_millis(300));
 }
