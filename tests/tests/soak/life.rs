@@ -6,9 +6,11 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use caisson_proto::cri;
+use caisson_proto::cri::runtime_service_client::RuntimeServiceClient;
 use caisson_tests::{IMAGE, read_log};
 use cri::{ContainerState, PodSandboxState};
-use tonic::{Code, Status};
+use tonic::transport::Channel;
+use tonic::{Code, Response, Status};
 
 use crate::chaos::{Chaos, is_cut};
 
@@ -148,6 +150,16 @@ impl<'a> Life<'a> {
         }
     }
 
+    /// The answer of whatever daemon gives one; the name of the call is for people.
+    async fn asked<T>(
+        &self,
+        call: &'static str,
+        make: impl AsyncFn(RuntimeServiceClient<Channel>) -> Result<Response<T>, Status>,
+    ) -> Result<T, Stop> {
+        let answer = self.chaos.call(make).await;
+        answer.map_err(|status| Stop::Said(call, status))
+    }
+
     async fn pods(&self) -> Result<Vec<cri::PodSandbox>, Stop> {
         let filter = cri::PodSandboxFilter {
             label_selector: self.config.labels.clone(),
@@ -157,9 +169,10 @@ impl<'a> Life<'a> {
             filter: Some(filter),
         };
         let listed = self
-            .chaos
-            .call(async |mut client| client.list_pod_sandbox(request.clone()).await);
-        let listed = listed.await.map_err(|s| Stop::Said("ListPodSandbox", s))?;
+            .asked("ListPodSandbox", async |mut client| {
+                client.list_pod_sandbox(request.clone()).await
+            })
+            .await?;
         Ok(listed.items)
     }
 
@@ -170,11 +183,10 @@ impl<'a> Life<'a> {
             verbose: true,
         };
         let status = self
-            .chaos
-            .call(async |mut client| client.pod_sandbox_status(request.clone()).await);
-        let status = status
-            .await
-            .map_err(|s| Stop::Said("PodSandboxStatus", s))?;
+            .asked("PodSandboxStatus", async |mut client| {
+                client.pod_sandbox_status(request.clone()).await
+            })
+            .await?;
         let info = status.info.get("info").map_or("{}", String::as_str);
         let info: serde_json::Value = serde_json::from_str(info).unwrap_or_default();
         Ok(info["reason"].as_str().unwrap_or_default().to_owned())
@@ -240,9 +252,10 @@ impl<'a> Life<'a> {
                 filter: Some(filter),
             };
             let listed = self
-                .chaos
-                .call(async |mut client| client.list_containers(list.clone()).await);
-            let listed = listed.await.map_err(|s| Stop::Said("ListContainers", s))?;
+                .asked("ListContainers", async |mut client| {
+                    client.list_containers(list.clone()).await
+                })
+                .await?;
             if let Some(one) = listed.containers.into_iter().next() {
                 return Ok(one.id);
             }
@@ -272,9 +285,10 @@ impl<'a> Life<'a> {
             verbose: false,
         };
         let answer = self
-            .chaos
-            .call(async |mut client| client.container_status(request.clone()).await);
-        let answer = answer.await.map_err(|s| Stop::Said("ContainerStatus", s))?;
+            .asked("ContainerStatus", async |mut client| {
+                client.container_status(request.clone()).await
+            })
+            .await?;
         answer
             .status
             .ok_or_else(|| Stop::As(wrong("no status".into())))
@@ -326,19 +340,17 @@ impl<'a> Life<'a> {
             let stop = cri::StopPodSandboxRequest {
                 pod_sandbox_id: pod.id.clone(),
             };
-            let stopped = self
-                .chaos
-                .call(async |mut client| client.stop_pod_sandbox(stop.clone()).await);
-            stopped.await.map_err(|s| Stop::Said("StopPodSandbox", s))?;
+            self.asked("StopPodSandbox", async |mut client| {
+                client.stop_pod_sandbox(stop.clone()).await
+            })
+            .await?;
             let remove = cri::RemovePodSandboxRequest {
                 pod_sandbox_id: pod.id,
             };
-            let removed = self
-                .chaos
-                .call(async |mut client| client.remove_pod_sandbox(remove.clone()).await);
-            removed
-                .await
-                .map_err(|s| Stop::Said("RemovePodSandbox", s))?;
+            self.asked("RemovePodSandbox", async |mut client| {
+                client.remove_pod_sandbox(remove.clone()).await
+            })
+            .await?;
         }
         Ok(())
     }
