@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use caisson_proto::cri;
+use prost::Message;
 use tonic::Status;
 
 use crate::peer::Peer;
@@ -29,60 +30,62 @@ enum Call {
     Status,
 }
 
+/// What came back: the number of its entries, and the message.
+type Answer = (usize, Box<dyn Message>);
+
+fn answer<M: Message + 'static>(message: M, entries: impl FnOnce(&M) -> usize) -> Answer {
+    (entries(&message), Box::new(message))
+}
+
 impl Call {
-    /// Makes the call for the `turn`th time; how many entries the answer has.
-    async fn make(self, peer: &Peer, turn: usize) -> Result<usize, Status> {
+    /// Makes the call for the `turn`th time.
+    async fn make(self, peer: &Peer, turn: usize) -> Result<Answer, Status> {
         let mut client = peer.client.clone();
         Ok(match self {
             Self::ListContainers => {
                 let request = cri::ListContainersRequest::default();
-                let answer = client.list_containers(request).await?.into_inner();
-                answer.containers.len()
+                let got = client.list_containers(request).await?.into_inner();
+                answer(got, |got| got.containers.len())
             }
             Self::ListPodSandbox => {
                 let request = cri::ListPodSandboxRequest::default();
-                client
-                    .list_pod_sandbox(request)
-                    .await?
-                    .into_inner()
-                    .items
-                    .len()
+                let got = client.list_pod_sandbox(request).await?.into_inner();
+                answer(got, |got| got.items.len())
             }
             Self::ContainerStatus => {
                 let request = cri::ContainerStatusRequest {
                     container_id: peer.containers[turn % peer.containers.len()].clone(),
                     verbose: false,
                 };
-                let answer = client.container_status(request).await?.into_inner();
-                answer.status.iter().count()
+                let got = client.container_status(request).await?.into_inner();
+                answer(got, |got| got.status.iter().count())
             }
             Self::PodSandboxStatus => {
                 let request = cri::PodSandboxStatusRequest {
                     pod_sandbox_id: peer.pods[turn % peer.pods.len()].0.clone(),
                     verbose: false,
                 };
-                let answer = client.pod_sandbox_status(request).await?.into_inner();
-                answer.status.iter().count()
+                let got = client.pod_sandbox_status(request).await?.into_inner();
+                answer(got, |got| got.status.iter().count())
             }
             Self::ListContainerStats => {
                 let request = cri::ListContainerStatsRequest::default();
-                let answer = client.list_container_stats(request).await?.into_inner();
-                answer
-                    .stats
-                    .iter()
-                    .filter(|stats| stats.cpu.is_some())
-                    .count()
+                let got = client.list_container_stats(request).await?.into_inner();
+                let known = |stats: &&cri::ContainerStats| stats.cpu.is_some();
+                answer(got, |got| got.stats.iter().filter(known).count())
             }
             Self::ListPodSandboxStats => {
                 let request = cri::ListPodSandboxStatsRequest::default();
-                let answer = client.list_pod_sandbox_stats(request).await?.into_inner();
-                let linux = answer.stats.iter().filter_map(|stats| stats.linux.as_ref());
-                linux.map(|stats| stats.containers.len()).sum()
+                let got = client.list_pod_sandbox_stats(request).await?.into_inner();
+                answer(got, |got| {
+                    let linux = got.stats.iter().filter_map(|stats| stats.linux.as_ref());
+                    linux.map(|stats| stats.containers.len()).sum()
+                })
             }
             Self::Status => {
                 let request = cri::StatusRequest::default();
-                let answer = client.status(request).await?.into_inner();
-                answer.status.iter().count()
+                let got = client.status(request).await?.into_inner();
+                answer(got, |got| got.status.iter().count())
             }
         })
     }
@@ -92,8 +95,11 @@ impl Call {
 #[derive(Default)]
 struct Times {
     all: Vec<Duration>,
-    /// Entries of the last answer.
+    /// Entries and bytes of the last answer.
     entries: usize,
+    bytes: usize,
+    /// The processor time that the runtime took meanwhile.
+    processor: Duration,
     failed: Option<Status>,
 }
 
@@ -108,11 +114,13 @@ impl Times {
 
     fn shown(&self) -> String {
         match (self.within(0.5), self.within(0.99), &self.failed) {
-            (_, _, Some(status)) => format!("{:?} | – | –", status.code()),
+            (_, _, Some(status)) => format!("{:?} | – | – | –", status.code()),
             (Some(p50), Some(p99), None) => {
-                format!("{} | {} | {}", ms(p50), ms(p99), self.entries)
+                let (p50, p99, processor) = (ms(p50), ms(p99), ms(self.processor));
+                let (entries, bytes) = (self.entries, self.bytes);
+                format!("{p50} | {p99} | {processor} | {entries}, {bytes} B")
             }
-            _ => "– | – | –".to_owned(),
+            _ => "– | – | – | –".to_owned(),
         }
     }
 }
@@ -122,14 +130,15 @@ fn ms(time: Duration) -> String {
 }
 
 /// Makes each call on each runtime in turn and prints a table; the last columns have the ratio of the 99th
-/// percentiles, and whether the first runtime needed no more than the second.
+/// percentiles, and whether the first runtime needed no more than the second. The processor time is that of the runtime's
+/// own process for one call, whatever else it did meanwhile included.
 pub async fn compare(peers: &[Peer], calls: usize, stats_calls: usize) {
     let names = peers
         .iter()
-        .map(|peer| format!("{0} p50 | {0} p99 | entries", peer.name));
+        .map(|peer| format!("{0} p50 | {0} p99 | processor | answer", peer.name));
     let names: Vec<_> = names.collect();
     println!("| call | {} | p99 ratio | |", names.join(" | "));
-    println!("|---|{}---|---|", "---|".repeat(3 * peers.len()));
+    println!("|---|{}---|---|", "---|".repeat(4 * peers.len()));
     for call in CALLS {
         let mut times: Vec<Times> = peers.iter().map(|_| Times::default()).collect();
         let calls = match call {
@@ -138,7 +147,11 @@ pub async fn compare(peers: &[Peer], calls: usize, stats_calls: usize) {
         };
         // The first calls warm up both sides.
         let warm = (calls / 20).max(2);
+        let mut before = Vec::new();
         for turn in 0..warm + calls {
+            if turn == warm {
+                before = peers.iter().map(Peer::processor_time).collect();
+            }
             for (peer, times) in peers.iter().zip(&mut times) {
                 if times.failed.is_some() {
                     continue;
@@ -147,13 +160,18 @@ pub async fn compare(peers: &[Peer], calls: usize, stats_calls: usize) {
                 let answer = call.make(peer, turn).await;
                 let took = began.elapsed();
                 match answer {
-                    Ok(entries) => times.entries = entries,
+                    Ok((entries, message)) => {
+                        (times.entries, times.bytes) = (entries, message.encoded_len());
+                    }
                     Err(status) => times.failed = Some(status),
                 }
                 if turn >= warm {
                     times.all.push(took);
                 }
             }
+        }
+        for ((peer, times), before) in peers.iter().zip(&mut times).zip(before) {
+            times.processor = (peer.processor_time() - before) / calls as u32;
         }
         let verdict = match times.as_slice() {
             [ours, theirs] if ours.failed.is_none() && theirs.failed.is_none() => {

@@ -1,16 +1,20 @@
 //! A runtime with its pods and containers.
 
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use caisson_proto::cri;
 use cri::runtime_service_client::RuntimeServiceClient;
 use futures::StreamExt;
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use tonic::transport::Channel;
 
 /// How many calls make pods and containers at the same time.
 const WORKERS: usize = 4;
+/// How many ticks /proc counts in a second (USER_HZ, which is the same on every x86-64).
+const TICKS: u64 = 100;
 /// Memory of a pod in a microVM.
 const POD_MEMORY: i64 = 384 << 20;
 
@@ -38,19 +42,37 @@ pub struct Peer {
     /// The containers.
     pub containers: Vec<String>,
     plan: Plan,
+    /// The process behind the socket.
+    pid: i32,
 }
 
 impl Peer {
     /// The runtime at a socket.
     pub fn new(name: &'static str, socket: &Path, plan: Plan) -> Self {
         let channel = caisson_tests::dial(socket, None);
+        let server = UnixStream::connect(socket)
+            .and_then(|stream| getsockopt(&stream, PeerCredentials).map_err(std::io::Error::from));
+        let server =
+            server.unwrap_or_else(|error| panic!("{name} at {}: {error}", socket.display()));
         Self {
             name,
             client: RuntimeServiceClient::new(channel).max_decoding_message_size(64 << 20),
             pods: Vec::new(),
             containers: Vec::new(),
             plan,
+            pid: server.pid(),
         }
+    }
+
+    /// The processor time that the runtime's process has taken since its start.
+    pub fn processor_time(&self) -> Duration {
+        let path = format!("/proc/{}/stat", self.pid);
+        let stat = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
+        // The program's name is in brackets and may have spaces; utime and stime are fields 14 and 15 (proc(5)).
+        let fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+        let ticks = fields.split_whitespace().skip(11).take(2);
+        let ticks: u64 = ticks.filter_map(|field| field.parse::<u64>().ok()).sum();
+        Duration::from_millis(ticks * 1000 / TICKS)
     }
 
     /// Makes all pods and containers, and starts them.
