@@ -57,15 +57,15 @@ impl Chaos {
     ) -> Result<T, Status> {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            match make(RuntimeServiceClient::new(self.channel.clone())).await {
-                Ok(answer) => return Ok(answer.into_inner()),
+            match bounded(make(self.client())).await {
+                Ok(answer) => return Ok(answer),
                 Err(status) if !is_cut(&status) || Instant::now() > deadline => return Err(status),
                 Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
             }
         }
     }
 
-    /// A client, for calls that are not to be made twice.
+    /// A client, for calls that are not to be made twice; each is to be [`bounded`].
     pub fn client(&self) -> RuntimeServiceClient<Channel> {
         RuntimeServiceClient::new(self.channel.clone())
     }
@@ -114,6 +114,15 @@ impl fmt::Display for Chaos {
             count(AGENT)
         )
     }
+}
+
+/// The answer of a call, or DEADLINE_EXCEEDED where none comes in all the time that anything may take.
+pub async fn bounded<T>(
+    call: impl Future<Output = Result<Response<T>, Status>>,
+) -> Result<T, Status> {
+    let answer = tokio::time::timeout(PATIENCE, call).await;
+    let none = |_| Status::deadline_exceeded(format!("no answer in {} s", PATIENCE.as_secs()));
+    answer.map_err(none)?.map(Response::into_inner)
 }
 
 /// Whether the connection ended before there was an answer: what a server says has no source.

@@ -12,7 +12,7 @@ use cri::{ContainerState, PodSandboxState};
 use tonic::transport::Channel;
 use tonic::{Code, Response, Status};
 
-use crate::chaos::{Chaos, is_cut};
+use crate::chaos::{Chaos, bounded, is_cut};
 
 /// Lines of output, which take about two seconds to be written.
 const LINES: usize = 400;
@@ -126,8 +126,8 @@ impl<'a> Life<'a> {
                 config: Some(self.config.clone()),
                 runtime_handler: self.handler.clone(),
             };
-            let status = match self.chaos.client().run_pod_sandbox(request).await {
-                Ok(answer) => return Ok(answer.into_inner().pod_sandbox_id),
+            let status = match bounded(self.chaos.client().run_pod_sandbox(request)).await {
+                Ok(answer) => return Ok(answer.pod_sandbox_id),
                 Err(status) => status,
             };
             // Of a call that was cut it is not known what it did; the next may find the name taken.
@@ -236,8 +236,9 @@ impl<'a> Life<'a> {
             sandbox_config: Some(self.config.clone()),
         };
         loop {
-            let status = match self.chaos.client().create_container(request.clone()).await {
-                Ok(answer) => return Ok(answer.into_inner().container_id),
+            let status = match bounded(self.chaos.client().create_container(request.clone())).await
+            {
+                Ok(answer) => return Ok(answer.container_id),
                 Err(status) => status,
             };
             if !is_cut(&status) && status.code() != Code::AlreadyExists {
@@ -267,7 +268,7 @@ impl<'a> Life<'a> {
             let request = cri::StartContainerRequest {
                 container_id: id.to_owned(),
             };
-            let status = match self.chaos.client().start_container(request).await {
+            let status = match bounded(self.chaos.client().start_container(request)).await {
                 Ok(_) => return Ok(()),
                 Err(status) if is_cut(&status) => status,
                 Err(status) => return Err(Stop::Said("StartContainer", status)),
