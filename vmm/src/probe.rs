@@ -19,12 +19,14 @@ const CODE: GuestAddress = GuestAddress(0x2_0000);
 /// `dec rcx; jnz .-3; hlt`, in 64-bit mode.
 const LOOP: [u8; 6] = [0x48, 0xff, 0xc9, 0x75, 0xfb, 0xf4];
 const INSTRUCTIONS_A_ROUND: u64 = 2;
-const ROUNDS: u64 = 10_000_000;
+/// What a guest that is not interrupted runs in a few milliseconds: on a machine that does much else, one of several tries
+/// is such a one.
+const ROUNDS: u64 = 200_000;
 /// Below so many instructions a second a kernel does not boot in a sensible time. KVM that emulates each
-/// instruction manages two million at most; one that works, in a lab on a very busy machine, 37 million.
+/// instruction manages two million at most, in every try; one that works, in a lab on a very busy machine, 37 million.
 const ENOUGH_A_SECOND: u64 = 10_000_000;
-/// After so long the loop is interrupted and counted as far as it came.
-const LIMIT: Duration = Duration::from_millis(1000);
+/// How long tries are made. The last one is interrupted and counted as far as it came.
+const LIMIT: Duration = Duration::from_millis(2000);
 
 /// What the probe found.
 #[derive(Debug)]
@@ -117,8 +119,6 @@ fn prepare(kvm: &Kvm) -> Result<(VcpuFd, (kvm_ioctls::VmFd, GuestMemoryMmap)), S
     regs::enter_long_mode(&vcpu).map_err(|e| e.to_string())?;
     let start = kvm_regs {
         rflags: 2,
-        rip: CODE.0,
-        rcx: ROUNDS,
         ..Default::default()
     };
     vcpu.set_regs(&start).map_err(refused("set registers"))?;
@@ -132,20 +132,23 @@ fn run(mut vcpu: VcpuFd) -> Probe {
         return Probe::failed(format!("no signal handler could be set: {error}"));
     }
     let (tell, told) = mpsc::channel();
-    let begun = Instant::now();
     let guest = thread::spawn(move || {
-        let outcome = match vcpu.run() {
-            Ok(VcpuExit::Hlt) => Ok(()),
-            Ok(VcpuExit::Intr) => Ok(()),
-            Err(e) if e.errno() == libc::EINTR => Ok(()),
-            Ok(other) => Err(format!(
-                "KVM cannot run plain guest code: it stopped with {other:?}"
-            )),
-            Err(e) => Err(format!("KVM cannot run a vCPU: {e}")),
+        let begun = Instant::now();
+        let mut best = (0, Duration::MAX);
+        let outcome = loop {
+            let tried = attempt(&mut vcpu);
+            let (instructions, time) = match tried {
+                Ok(counted) => counted,
+                Err(reason) => break Err(reason),
+            };
+            if rate(instructions, time) >= rate(best.0, best.1) {
+                best = (instructions, time);
+            }
+            if rate(best.0, best.1) >= ENOUGH_A_SECOND || begun.elapsed() >= LIMIT {
+                break Ok(());
+            }
         };
-        let time = begun.elapsed();
-        let left = vcpu.get_regs().map_or(ROUNDS, |regs| regs.rcx.min(ROUNDS));
-        let _ = tell.send((outcome, (ROUNDS - left) * INSTRUCTIONS_A_ROUND, time));
+        let _ = tell.send((outcome, best.0, best.1));
     });
     let found = told.recv_timeout(LIMIT).or_else(|_| {
         for _ in 0..100 {
@@ -168,8 +171,37 @@ fn run(mut vcpu: VcpuFd) -> Probe {
     }
 }
 
+/// Runs the loop once: how many instructions in what time. An interrupted one is counted as far as it came.
+fn attempt(vcpu: &mut VcpuFd) -> Result<(u64, Duration), String> {
+    let mut regs = vcpu
+        .get_regs()
+        .map_err(|e| format!("KVM refused to tell registers: {e}"))?;
+    (regs.rip, regs.rcx) = (CODE.0, ROUNDS);
+    vcpu.set_regs(&regs)
+        .map_err(|e| format!("KVM refused to set registers: {e}"))?;
+    let begun = Instant::now();
+    match vcpu.run() {
+        Ok(VcpuExit::Hlt | VcpuExit::Intr) => {}
+        Err(e) if e.errno() == libc::EINTR => {}
+        Ok(other) => {
+            return Err(format!(
+                "KVM cannot run plain guest code: it stopped with {other:?}"
+            ));
+        }
+        Err(e) => return Err(format!("KVM cannot run a vCPU: {e}")),
+    }
+    let time = begun.elapsed();
+    let left = vcpu.get_regs().map_or(ROUNDS, |regs| regs.rcx.min(ROUNDS));
+    Ok(((ROUNDS - left) * INSTRUCTIONS_A_ROUND, time))
+}
+
+/// Instructions a second.
+fn rate(instructions: u64, time: Duration) -> u64 {
+    (instructions as f64 / time.as_secs_f64().max(1e-6)) as u64
+}
+
 fn judge(instructions: u64, time: Duration) -> Probe {
-    let a_second = (instructions as f64 / time.as_secs_f64().max(1e-6)) as u64;
+    let a_second = rate(instructions, time);
     let works = a_second >= ENOUGH_A_SECOND;
     let millions = a_second / 1_000_000;
     Probe {
