@@ -7,8 +7,9 @@ mod records;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -22,6 +23,9 @@ const SANDBOXES: Table = TableDefinition::new("sandboxes");
 const CONTAINERS: Table = TableDefinition::new("containers");
 /// Reserved names: "pod NAME" or "container NAME" to the ID that holds it.
 const NAMES: TableDefinition<'static, &'static str, &'static str> = TableDefinition::new("names");
+
+/// How long a daemon waits for the lock of the one before it.
+const HANDOVER: Duration = Duration::from_secs(3);
 
 /// Why the store could not do its work.
 #[derive(Debug, thiserror::Error)]
@@ -233,7 +237,7 @@ fn open(path: &Path) -> Result<Database, StoreError> {
     if let Some(parent) = path.parent() {
         std::fs::create_dir_all(parent).map_err(|e| failed(e.to_string()))?;
     }
-    let database = Database::create(path).map_err(|e| failed(e.to_string()))?;
+    let database = create_or_wait(path).map_err(|e| failed(e.to_string()))?;
     let begin = database.begin_write().map_err(|e| failed(e.to_string()))?;
     {
         begin
@@ -246,6 +250,20 @@ fn open(path: &Path) -> Result<Database, StoreError> {
     }
     begin.commit().map_err(|e| failed(e.to_string()))?;
     Ok(database)
+}
+
+/// A process that a killed daemon was about to start holds the lock, too, until it is another program. So one that is
+/// held is asked for again for a while.
+fn create_or_wait(path: &Path) -> Result<Database, DatabaseError> {
+    let begun = Instant::now();
+    loop {
+        match Database::create(path) {
+            Err(DatabaseError::DatabaseAlreadyOpen) if begun.elapsed() < HANDOVER => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            other => return other,
+        }
+    }
 }
 
 fn all<R: Record>(database: &Database) -> Result<Vec<R>, StoreError> {
@@ -440,5 +458,18 @@ mod tests {
         let path = dir.path().join("s");
         let _first = Store::open(&path).unwrap();
         assert!(matches!(Store::open(&path), Err(StoreError::Open { .. })));
+    }
+
+    #[test]
+    fn a_lock_that_is_given_up_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let first = Store::open(&path).unwrap();
+        let last = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(200));
+            drop(first);
+        });
+        Store::open(&path).unwrap();
+        last.join().unwrap();
     }
 }
