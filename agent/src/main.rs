@@ -176,7 +176,7 @@ async fn run(sockets: Sockets, started: Instant) -> std::io::Result<()> {
         started.elapsed().as_millis()
     );
     if ending == Ending::PowerOff {
-        tokio::spawn(vsock::knock());
+        tokio::spawn(vsock::knock(vsock::READY_PORT));
     }
     let settling = {
         let pod = pod.clone();
@@ -184,6 +184,7 @@ async fn run(sockets: Sockets, started: Instant) -> std::io::Result<()> {
             if ending == Ending::PowerOff {
                 let settled = tokio::task::spawn_blocking(boot::settle).await?;
                 settled.map_err(|error| std::io::Error::other(format!("boot: {error}")))?;
+                tokio::spawn(vsock::knock(vsock::SETTLED_PORT));
             }
             pod.settled();
             // From here on there is nothing that could fail.

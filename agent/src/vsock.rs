@@ -16,6 +16,8 @@ pub const GRPC_PORT: u32 = 1024;
 pub const STREAM_PORT: u32 = 1025;
 /// The agent connects to this port of the host once, when it serves: whatever the answer, that is "ready".
 pub const READY_PORT: u32 = 1026;
+/// Likewise, when nothing of the guest's start is under way any more.
+pub const SETTLED_PORT: u32 = 1027;
 
 /// Where connections come from.
 pub enum Listener {
@@ -115,8 +117,8 @@ impl AsyncWrite for Connection {
     }
 }
 
-/// Tells the host that the agent serves. The connection itself is the message; it is normally refused.
-pub async fn knock() {
-    let connect = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, READY_PORT));
+/// Tells the host that this point is reached. The connection itself is the message; it is normally refused.
+pub async fn knock(port: u32) {
+    let connect = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, port));
     let _ = tokio::time::timeout(Duration::from_secs(2), connect).await;
 }

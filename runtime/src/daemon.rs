@@ -28,7 +28,7 @@ use crate::doctor::{KvmProbe, cni_config};
 use crate::image::{ImageConfig, ImageError, Images, Policy};
 use crate::network::Network;
 use crate::sandbox::host::HostConfig;
-use crate::sandbox::microvm::MicroVmConfig;
+use crate::sandbox::microvm::{MicroVmConfig, Templates};
 use crate::sandbox::pod::PodConfig;
 use crate::store::{Store, StoreError};
 use crate::streaming::Backend;
@@ -121,6 +121,9 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
         config,
     });
     pods::recover(&context).await?;
+    if let Some(templates) = &context.microvm.templates {
+        templates.clean_up(&context.microvm).await;
+    }
     pods::tend_networks(&context);
     let using = context.clone();
     let collected = context
@@ -132,6 +135,15 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
     tokio::spawn(async move {
         let probe = probing.kvm.get().await;
         tracing::info!(works = probe.works, "KVM: {}", probe.reason);
+        if let Some(templates) = &probing.microvm.templates
+            && probe.works
+            && probing.config.uses(HandlerKind::MicroVm)
+        {
+            templates.make(
+                pods::usual_shape(&probing.config.microvm),
+                probing.microvm.clone(),
+            );
+        }
     });
 
     tracing::info!(address = %context.streaming.address(), "streaming");
@@ -240,6 +252,9 @@ fn microvm_config(config: &Config) -> MicroVmConfig {
             bytes: microvm.net_bytes_per_second,
             operations: microvm.net_packets_per_second,
         },
+        templates: microvm
+            .templates
+            .then(|| Arc::new(Templates::new(&pod_config(config), microvm.template_user()))),
     }
 }
 

@@ -1,20 +1,25 @@
 //! From a checked configuration to a running machine.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
 
-use caisson_vmm_protocol::Event;
+use caisson_vmm_protocol::{Event, TemplateRole};
+use kvm_ioctls::VcpuFd;
 use vm_superio::Serial;
+use vm_superio::serial::NoEvents;
 
 use crate::arch::acpi::{self, AcpiError, MmioDevice};
 use crate::arch::kernel::{self, KernelError};
 use crate::arch::layout;
-use crate::config::MachineConfig;
+use crate::config::{MachineConfig, Template};
 use crate::control::Events;
 use crate::jail::{Jail, JailError};
 use crate::logs::{Dial, LogManager};
 use crate::pod::{Pod, Running};
+use crate::template::{MachineState, Making, TemplateError};
 use crate::threads::{self, ConfineError};
 use crate::timeline::Timeline;
 use crate::transport::mmio::MmioTransport;
@@ -22,9 +27,11 @@ use crate::virtio::blk::{Block, Layers};
 use crate::virtio::fs::{Fs, ShareRoot};
 use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
-use crate::virtio::vsock::{Vsock, VsockConnector};
+use crate::virtio::vsock::{Knock, Vsock, VsockConnector};
 use crate::virtio::{Memory, VirtioDevice};
-use crate::vm::{Bus, Console, Ending, KvmError, KvmVm, Machine, SerialLine, Vcpus};
+use crate::vm::{
+    Bus, Console, Content, Ending, KvmError, KvmVm, Machine, RestoreError, SerialLine, Vcpus,
+};
 
 /// Why a machine could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +39,12 @@ pub enum BootError {
     /// KVM.
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    /// The template.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    /// The vCPUs of a clone.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
     /// The kernel or initramfs.
     #[error(transparent)]
     Kernel(#[from] KernelError),
@@ -77,7 +90,7 @@ fn start(what: &'static str) -> impl Fn(io::Error) -> BootError {
     move |source| BootError::Start { what, source }
 }
 
-/// Builds the machine and starts its vCPUs.
+/// Builds the machine and starts its vCPUs. Where it is to be a template, what makes that of it comes back, too.
 ///
 /// The order matters. Whatever needs the host as the daemon sees it (the share's root, `/proc`, a tap's
 /// settings) comes before the jail. The jail comes before the first thread, because a namespace or an
@@ -92,9 +105,12 @@ pub fn build_and_boot(
     ending: &Arc<Ending>,
     events: &Arc<Events>,
     timeline: &mut Timeline,
-) -> Result<Running, BootError> {
+) -> Result<(Running, Option<Making>), BootError> {
     let jail = timeline.measure("prepare jail", || prepare_jail(&config))?;
-    let mut devices = timeline.measure("create devices", || create_devices(&mut config, events))?;
+    let (tell, settled) = channel();
+    let mut devices = timeline.measure("create devices", || {
+        create_devices(&mut config, events, tell)
+    })?;
     let landlock = timeline.measure("enter jail", || match (jail, &config.jail) {
         (Some(jail), Some(identity)) => {
             let landlock = jail.enter(identity)?;
@@ -108,29 +124,49 @@ pub fn build_and_boot(
         devices.all.push(Box::new(share));
     }
 
-    let vm = timeline.measure("create vm", || KvmVm::new(config.kvm, config.memory))?;
-    let kernel = timeline.measure("load kernel", || {
-        kernel::load_kernel(vm.memory(), &mut config.kernel)
+    let template = config.template.take();
+    let vm = timeline.measure("create vm", || {
+        let content = template.as_ref().map_or(Content::Nothing, content);
+        KvmVm::new(config.kvm, config.memory, content)
     })?;
-    let initramfs = timeline.measure("load initramfs", || {
-        let file = config.initramfs.as_mut();
-        file.map(|file| kernel::load_initramfs(vm.memory(), &kernel, file))
-            .transpose()
-    })?;
-    let (windows, places) =
+    let (mut windows, places) =
         timeline.measure("attach devices", || attach(&vm, devices.all, ending))?;
-    timeline.measure("write tables", || -> Result<(), BootError> {
-        let rsdp = acpi::write_tables(vm.memory(), config.vcpus, &places)?;
-        kernel::write_boot_params(vm.memory(), &kernel, initramfs, &config.cmdline, rsdp)?;
-        Ok(())
-    })?;
-    let vcpus = timeline.measure("create vcpus", || {
-        vm.create_vcpus(config.vcpus, kernel.entry)
-    })?;
-    let serial = Serial::new(
-        SerialLine(vm.interrupt_line(layout::SERIAL_GSI)?),
-        Console::new(config.console, config.console_limit).map_err(start("console"))?,
-    );
+    let console = Console::new(config.console, config.console_limit).map_err(start("console"))?;
+    let line = SerialLine(vm.interrupt_line(layout::SERIAL_GSI)?);
+    let (vcpus, serial) = match &template {
+        Some(template) if template.role == TemplateRole::Clone => {
+            let state = timeline.measure("read template", || {
+                MachineState::read(&template.state, config.vcpus.into(), windows.len())
+            })?;
+            let vcpus = timeline.measure("restore vcpus", || vm.restore_vcpus(&state))?;
+            timeline.measure("restore devices", || restore(&mut windows, &state))?;
+            let serial = Serial::from_state(&state.serial.0, line, NoEvents, console)
+                .map_err(|error| TemplateError::State(format!("{error:?}")))?;
+            // Its agent listened before it was a template.
+            events.publish(Event::AgentReady);
+            (vcpus, serial)
+        }
+        _ => {
+            let vcpus = load(
+                &vm,
+                &mut config.kernel,
+                config.initramfs.as_mut(),
+                &Start {
+                    cmdline: &config.cmdline,
+                    vcpus: config.vcpus,
+                    devices: &places,
+                },
+                timeline,
+            )?;
+            (vcpus, Serial::new(line, console))
+        }
+    };
+    let making = match template {
+        Some(template) if template.role == TemplateRole::Make => {
+            Some(Making::new(vm.saver(&vcpus)?, template.state, settled))
+        }
+        _ => None,
+    };
     let bus = Arc::new(Bus::new(serial, windows, Arc::clone(ending)));
     let vcpus = timeline.measure("start vcpus", || {
         Vcpus::start(vcpus, &bus, ending).map_err(start("vCPU threads"))
@@ -139,7 +175,7 @@ pub fn build_and_boot(
         let events = Arc::clone(events);
         LogManager::new(connector, Arc::new(move |event| events.publish(event)))
     });
-    Ok(Running {
+    let running = Running {
         pod: Pod::Machine(Machine::new(vm, vcpus, bus, Arc::clone(ending))),
         logs,
         layers: devices.layers,
@@ -147,7 +183,55 @@ pub fn build_and_boot(
         connector: devices
             .connector
             .map(|connector| Arc::new(connector) as Arc<dyn Dial>),
-    })
+    };
+    Ok((running, making))
+}
+
+fn content(template: &Template) -> Content<'_> {
+    match template.role {
+        TemplateRole::Make => Content::File(&template.memory),
+        TemplateRole::Clone => Content::Template(&template.memory),
+    }
+}
+
+/// What a kernel is started with.
+struct Start<'a> {
+    cmdline: &'a str,
+    vcpus: u8,
+    devices: &'a [MmioDevice],
+}
+
+/// Loads the kernel and all that it reads at its start. The vCPUs begin there.
+fn load(
+    vm: &KvmVm,
+    kernel: &mut File,
+    initramfs: Option<&mut File>,
+    start: &Start<'_>,
+    timeline: &mut Timeline,
+) -> Result<Vec<VcpuFd>, BootError> {
+    let kernel = timeline.measure("load kernel", || kernel::load_kernel(vm.memory(), kernel))?;
+    let initramfs = timeline.measure("load initramfs", || {
+        initramfs
+            .map(|file| kernel::load_initramfs(vm.memory(), &kernel, file))
+            .transpose()
+    })?;
+    timeline.measure("write tables", || -> Result<(), BootError> {
+        let rsdp = acpi::write_tables(vm.memory(), start.vcpus, start.devices)?;
+        kernel::write_boot_params(vm.memory(), &kernel, initramfs, start.cmdline, rsdp)?;
+        Ok(())
+    })?;
+    let vcpus = timeline.measure("create vcpus", || {
+        vm.create_vcpus(start.vcpus, kernel.entry)
+    })?;
+    Ok(vcpus)
+}
+
+/// Lets the devices go on where the template's were.
+fn restore(windows: &mut [MmioTransport], state: &MachineState) -> Result<(), TemplateError> {
+    for (window, state) in windows.iter_mut().zip(&state.windows) {
+        window.restore(state).map_err(TemplateError::State)?;
+    }
+    Ok(())
 }
 
 fn prepare_jail(config: &MachineConfig) -> Result<Option<Jail>, JailError> {
@@ -168,7 +252,11 @@ struct Devices {
 }
 
 /// Makes the devices, in the order in which the guest sees them.
-fn create_devices(config: &mut MachineConfig, events: &Arc<Events>) -> Result<Devices, BootError> {
+fn create_devices(
+    config: &mut MachineConfig,
+    events: &Arc<Events>,
+    settled: Sender<()>,
+) -> Result<Devices, BootError> {
     let mut all: Vec<Box<dyn VirtioDevice>> = Vec::new();
     for disk in config.disks.drain(..) {
         let device = Block::new(disk.file.into(), &disk.serial, disk.read_only)
@@ -184,15 +272,25 @@ fn create_devices(config: &mut MachineConfig, events: &Arc<Events>) -> Result<De
         layers = Some(shared);
     }
     for net in config.nets.drain(..) {
-        let device = Net::new(net.tap, net.mac, net.mtu).map_err(device("network device"))?;
+        let made = match &config.template {
+            Some(template) if template.role == TemplateRole::Make => {
+                Net::unplugged(net.tap, net.mac, net.mtu)
+            }
+            _ => Net::new(net.tap, net.mac, net.mtu),
+        };
+        let device = made.map_err(device("network device"))?;
         all.push(Box::new(device.limited(config.net_rate)));
     }
     let mut connector = None;
     if let Some(vsock) = config.vsock.take() {
         let events = Arc::clone(events);
-        let ready = Arc::new(move || events.publish(Event::AgentReady));
+        let knocked = Arc::new(move |knock| match knock {
+            Knock::Ready => events.publish(Event::AgentReady),
+            // Only who makes a template waits for it.
+            Knock::Settled => drop(settled.send(())),
+        });
         let listener = vsock.listener.map(OwnedFd::from);
-        let vsock = Vsock::new(vsock.cid, listener, ready).map_err(device("vsock device"))?;
+        let vsock = Vsock::new(vsock.cid, listener, knocked).map_err(device("vsock device"))?;
         connector = Some(vsock.connector());
         all.push(Box::new(vsock));
     }

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixListener;
 
 use caisson_vmm_protocol::{
     ChannelError, DiskConfig, FdIndex, Frame, JailConfig, NetConfig, PROTOCOL_VERSION, RateLimit,
-    ShareConfig, VmConfig, VsockConfig,
+    ShareConfig, TemplateConfig, TemplateRole, VmConfig, VsockConfig,
 };
 
 use crate::arch::layout;
@@ -64,7 +64,7 @@ pub struct Disk {
 
 /// A network device.
 pub struct Net {
-    /// The tap.
+    /// The tap; a socket in the machine of a template that is made.
     pub tap: OwnedFd,
     /// The guest's MAC address: unicast, not zero.
     pub mac: [u8; 6],
@@ -86,6 +86,16 @@ pub struct Vsock {
     pub cid: u32,
     /// Where host clients connect.
     pub listener: Option<UnixListener>,
+}
+
+/// A template's files.
+pub struct Template {
+    /// Whether it is made or used.
+    pub role: TemplateRole,
+    /// Its memory.
+    pub memory: File,
+    /// Everything else.
+    pub state: File,
 }
 
 /// A machine to build. Every value is within its limits.
@@ -128,6 +138,8 @@ pub struct MachineConfig {
     pub vsock: Option<Vsock>,
     /// Whom to become.
     pub jail: Option<JailConfig>,
+    /// The template that this machine is or begins as.
+    pub template: Option<Template>,
 }
 
 impl MachineConfig {
@@ -190,6 +202,7 @@ impl MachineConfig {
             disk_rate: config.disk_rate,
             net_rate: config.net_rate,
             jail: config.jail,
+            template: config.template.map(|it| fds.template(it)).transpose()?,
             id: config.id,
         })
     }
@@ -270,6 +283,14 @@ impl<T> Fds<'_, T> {
         Ok(Share {
             root: self.take(share.root)?,
             tag: share.tag,
+        })
+    }
+
+    fn template(&mut self, template: TemplateConfig) -> Result<Template, ConfigError> {
+        Ok(Template {
+            role: template.role,
+            memory: self.take(template.memory)?.into(),
+            state: self.take(template.state)?.into(),
         })
     }
 

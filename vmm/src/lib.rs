@@ -13,6 +13,7 @@ pub mod logs;
 pub mod pod;
 pub mod probe;
 pub mod process;
+pub mod template;
 pub mod threads;
 pub mod timeline;
 pub mod transport;

@@ -15,7 +15,8 @@ use crate::boot::build_and_boot;
 use crate::config::MachineConfig;
 use crate::control::{Control, Events, await_boot};
 use crate::host::{self, HostConfig};
-use crate::pod::Running;
+use crate::pod::{Pod, Running};
+use crate::template::Making;
 use crate::threads::{self, Kind};
 use crate::timeline::Timeline;
 use crate::vm::Ending;
@@ -68,6 +69,7 @@ pub fn run() -> ExitCode {
 /// What the end of the process needs besides the machine.
 struct Started {
     running: Running,
+    making: Option<Making>,
     events: Arc<Events>,
     control_listener: Option<std::os::unix::net::UnixListener>,
     exit_file: Option<File>,
@@ -88,9 +90,10 @@ fn start(
             drop(frame);
             let control_listener = config.control_listener.take();
             let exit_file = config.exit_file.take();
-            let running = build_and_boot(config, ending, &events, timeline)?;
+            let (running, making) = build_and_boot(config, ending, &events, timeline)?;
             Started {
                 running,
+                making,
                 events,
                 control_listener,
                 exit_file,
@@ -104,6 +107,7 @@ fn start(
             let running = host::join(config, ending, &events, timeline)?;
             Started {
                 running,
+                making: None,
                 events,
                 control_listener,
                 exit_file,
@@ -135,12 +139,37 @@ fn serve(
             "no thread for the control socket: {error}"
         )));
     }
+    let saved = started
+        .making
+        .is_some_and(|making| make_template(making, control.pod(), ending));
     if let Err(error) = threads::confine_self(Kind::Main) {
         ending.end(ExitReason::InternalError(error.to_string()));
     }
     let reason = ending.wait();
+    if !saved {
+        control.stop();
+    }
     control.finish(&reason, started.exit_file);
     ExitCode::from(exit_status(&reason))
+}
+
+/// Whether the machine is a template now. Its memory must not change any more then, so it is left as it is.
+fn make_template(making: Making, pod: &Pod, ending: &Arc<Ending>) -> bool {
+    let Pod::Machine(machine) = pod else {
+        return false;
+    };
+    match making.finish(machine) {
+        Ok(saved) => {
+            if saved {
+                ending.end(ExitReason::PoweredOff);
+            }
+            saved
+        }
+        Err(error) => {
+            ending.end(ExitReason::InternalError(error.to_string()));
+            false
+        }
+    }
 }
 
 fn refuse(channel: &mut Channel, error: impl std::fmt::Display) -> ExitCode {

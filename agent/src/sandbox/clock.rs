@@ -17,7 +17,8 @@ struct RandPoolInfo {
     buf: [u8; 512],
 }
 
-/// Mixes bytes into the kernel's pool and credits them in full.
+/// Mixes bytes into the kernel's pool, credits them in full, and has the generator begin anew from there: what it would
+/// have given before is the same in each clone of a template.
 pub fn add_entropy(bytes: &[u8]) -> Result<(), SandboxError> {
     if bytes.is_empty() {
         return Ok(());
@@ -42,6 +43,13 @@ pub fn add_entropy(bytes: &[u8]) -> Result<(), SandboxError> {
     let result = unsafe { libc::ioctl(device.as_raw_fd(), RNDADDENTROPY, &info) };
     if result < 0 {
         return Err(io::Error::last_os_error()).context(step);
+    }
+    // _IO('R', 0x07)
+    const RNDRESEEDCRNG: libc::Ioctl = 0x5207;
+    // SAFETY: the descriptor is open, and the request has no argument.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), RNDRESEEDCRNG) };
+    if result < 0 {
+        return Err(io::Error::last_os_error()).context(|| "reseed /dev/urandom".to_owned());
     }
     Ok(())
 }

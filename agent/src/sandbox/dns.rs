@@ -67,6 +67,7 @@ mod tests {
             dns_searches: vec!["ns.svc.cluster.local".into(), "cluster.local".into()],
             dns_options: vec!["ndots:5".into()],
             interfaces: vec![Interface {
+                current_mac: [0; 6],
                 mac: [0; 6],
                 name: "eth0".into(),
                 mtu: None,

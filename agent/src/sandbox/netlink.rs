@@ -90,6 +90,11 @@ impl Netlink {
         self.request(link(index, 0).attribute(libc::IFLA_NET_NS_FD, &descriptor))
     }
 
+    /// Sets the MAC of an interface that is down.
+    pub fn set_address(&mut self, index: u32, mac: [u8; 6]) -> io::Result<()> {
+        self.request(link(index, 0).attribute(libc::IFLA_ADDRESS, &mac))
+    }
+
     /// Sets an interface's MTU.
     pub fn set_mtu(&mut self, index: u32, mtu: u32) -> io::Result<()> {
         self.request(link(index, 0).attribute(libc::IFLA_MTU, &mtu.to_ne_bytes()))

@@ -18,8 +18,8 @@ pub fn configure(interfaces: &[Interface], routes: &[Route]) -> Result<(), Sandb
     let mut netlink = Netlink::open().context(|| "open rtnetlink".into())?;
     let mut indices = Vec::new();
     for (number, interface) in interfaces.iter().enumerate() {
-        let current =
-            find(&interface.mac).context(|| format!("find the device of {}", interface.name))?;
+        let current = find(&interface.current_mac)
+            .context(|| format!("find the device of {}", interface.name))?;
         let index = index_of(&current)?;
         // Two devices may have to swap names: first get everyone out of the way.
         if current != interface.name {
@@ -35,6 +35,11 @@ pub fn configure(interfaces: &[Interface], routes: &[Route]) -> Result<(), Sandb
             netlink
                 .rename(index, name)
                 .context(|| format!("name a device {name}"))?;
+        }
+        if interface.mac != interface.current_mac {
+            netlink
+                .set_address(index, interface.mac)
+                .context(|| format!("set the MAC of {name}"))?;
         }
         if let Some(mtu) = interface.mtu {
             netlink
@@ -74,8 +79,8 @@ pub fn move_to(interfaces: &[Interface], namespace: BorrowedFd<'_>) -> Result<()
     }
     let mut netlink = Netlink::open().context(|| "open rtnetlink".into())?;
     for interface in interfaces {
-        let name =
-            find(&interface.mac).context(|| format!("find the device of {}", interface.name))?;
+        let name = find(&interface.current_mac)
+            .context(|| format!("find the device of {}", interface.name))?;
         netlink
             .move_to(index_of(&name)?, namespace)
             .context(|| format!("move {name} to the pod's network namespace"))?;

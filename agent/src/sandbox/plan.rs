@@ -62,7 +62,9 @@ pub struct UserIds {
 /// A network device.
 #[derive(Debug)]
 pub struct Interface {
-    /// Which one.
+    /// Which one: the MAC that it has.
+    pub current_mac: [u8; 6],
+    /// The MAC that it is to have.
     pub mac: [u8; 6],
     /// Its name in the pod.
     pub name: String,
@@ -261,18 +263,21 @@ fn interfaces(
 ) -> Result<Vec<Interface>, SandboxError> {
     let mut interfaces: Vec<Interface> = Vec::new();
     for requested in requested {
-        let mac = mac(&requested.mac).ok_or_else(|| {
-            SandboxError::invalid(
-                "interfaces",
-                format!("{:?} is not a MAC address", requested.mac),
-            )
-        })?;
+        let parsed = |text: &str| {
+            mac(text).ok_or_else(|| {
+                SandboxError::invalid("interfaces", format!("{text:?} is not a MAC address"))
+            })
+        };
+        let mac = parsed(&requested.mac)?;
+        let current_mac = match requested.current_mac.as_str() {
+            "" => mac,
+            current => parsed(current)?,
+        };
         interface_name("interfaces", &requested.name)?;
         bounded("interfaces", requested.addresses.len(), ADDRESSES_MAX)?;
-        if interfaces
-            .iter()
-            .any(|other| other.mac == mac || other.name == requested.name)
-        {
+        if interfaces.iter().any(|other| {
+            other.mac == mac || other.current_mac == current_mac || other.name == requested.name
+        }) {
             return Err(SandboxError::invalid(
                 "interfaces",
                 format!("{} or its MAC is there twice", requested.name),
@@ -283,6 +288,7 @@ fn interfaces(
             .iter()
             .map(|address| Cidr::parse(address));
         interfaces.push(Interface {
+            current_mac,
             mac,
             mtu: mtu("interfaces", requested.mtu)?,
             addresses: addresses
@@ -422,6 +428,7 @@ mod tests {
                 name: "eth0".into(),
                 mtu: 1450,
                 addresses: vec!["10.1.2.3/24".into(), "fd00::3/64".into()],
+                current_mac: String::new(),
             }],
             routes: vec![agent::Route {
                 destination: "0.0.0.0/0".into(),
@@ -458,6 +465,7 @@ mod tests {
                 name: name.into(),
                 mtu,
                 addresses: vec![address.into()],
+                current_mac: String::new(),
             }],
             ..Default::default()
         };

@@ -393,6 +393,7 @@ async fn interfaces_get_their_names_addresses_and_routes() {
                 name: "eth0".into(),
                 mtu: 1400,
                 addresses: vec!["10.9.0.2/24".into(), "fd09::2/64".into()],
+                current_mac: String::new(),
             },
             Interface {
                 mac: "02:00:00:00:00:02".into(),

@@ -142,6 +142,11 @@ const KEYS: &[(&str, &str, &str)] = &[
         "Seconds that a guest may take from power-on until its agent answers, 1 to 3600.",
     ),
     (
+        "microvm",
+        "templates",
+        "Whether pods are clones of machines that were booted once, of the same memory, processors and kernel. They share what their kernels have in memory until they change it.",
+    ),
+    (
         "cni",
         "conf_dir",
         "CNI network configurations; the first file by name counts.",

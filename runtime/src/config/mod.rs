@@ -110,6 +110,8 @@ pub struct MicroVmConfig {
     pub kernel_cmdline_extra: String,
     /// Seconds that a guest may take from power-on until its agent answers, 1 to 3600.
     pub start_timeout_seconds: u32,
+    /// Whether pods are clones of machines that were booted once.
+    pub templates: bool,
 }
 
 /// How a pod on the host is made.
@@ -211,7 +213,13 @@ impl Default for StreamingSettings {
 impl MicroVmConfig {
     /// The host users of pod processes.
     pub fn pod_users(&self) -> std::ops::Range<u32> {
-        self.first_user..self.first_user.saturating_add(self.users)
+        let end = self.first_user.saturating_add(self.users);
+        self.first_user..end.saturating_sub(self.templates.into())
+    }
+
+    /// The host user of machines that become templates: the last one, which no pod has then.
+    pub fn template_user(&self) -> u32 {
+        self.first_user.saturating_add(self.users).saturating_sub(1)
     }
 }
 
@@ -234,6 +242,7 @@ impl Default for MicroVmConfig {
             net_packets_per_second: 0,
             kernel_cmdline_extra: String::new(),
             start_timeout_seconds: 120,
+            templates: false,
         }
     }
 }
@@ -403,10 +412,10 @@ impl Config {
             return value("microvm.first_user", "the pod process never runs as root");
         }
         let end = self.microvm.first_user.checked_add(self.microvm.users);
-        if self.microvm.users == 0 || end.is_none() {
+        if self.microvm.pod_users().is_empty() || end.is_none() {
             return value(
                 "microvm.users",
-                "each pod has a user, and user IDs end at 4294967294",
+                "each pod has a user, templates have one, and user IDs end at 4294967294",
             );
         }
         if !(1..=64).contains(&self.images.parallel_layers) {

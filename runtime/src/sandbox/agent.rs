@@ -132,11 +132,12 @@ pub fn user_namespace(ids: Option<&UserIds>) -> Option<proto::UserNamespace> {
 }
 
 /// The pod's interface as the agent is told it.
-pub fn interfaces(network: Option<&PodNetwork>) -> Vec<proto::Interface> {
+pub fn interfaces(network: Option<&PodNetwork>, current_mac: &str) -> Vec<proto::Interface> {
     let own = network.map(|network| &network.interface);
     own.into_iter()
         .map(|own| proto::Interface {
             mac: own.mac.clone(),
+            current_mac: current_mac.to_owned(),
             name: own.name.clone(),
             mtu: own.mtu,
             addresses: own

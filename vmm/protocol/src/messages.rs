@@ -113,6 +113,34 @@ pub struct VmConfig {
     pub vsock: Option<VsockConfig>,
     /// The unprivileged identity that the process takes once everything is in hand.
     pub jail: Option<JailConfig>,
+    /// What the machine has to do with a template; none: it boots, and is one by itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template: Option<TemplateConfig>,
+}
+
+/// A machine that is, or begins as, a template: one that was booted once, of which pods are clones. A clone has the
+/// vCPUs, memory, devices, kernel and command line of its template.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TemplateConfig {
+    /// Which of both.
+    pub role: TemplateRole,
+    /// The file with the memory, on a file system in memory. Empty and open for writing where the template is to be
+    /// made; open for reading where it is there.
+    pub memory: FdIndex,
+    /// The file with everything else, likewise.
+    pub state: FdIndex,
+}
+
+/// Whether a template is made or used.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TemplateRole {
+    /// Boot, wait until the agent has told that it is settled, write both files, and end ([`ExitReason::PoweredOff`]).
+    /// In place of taps there are sockets, which carry nothing.
+    Make,
+    /// Begin where the template ended. Kernel and initramfs are not read.
+    Clone,
 }
 
 /// The most that a device does in a second. 0: as much as it can.
@@ -334,8 +362,11 @@ pub const AGENT_PORT: u32 = 1024;
 /// Guest port on which the agent serves raw standard streams; see `agent.proto` for its header line.
 pub const STREAM_PORT: u32 = 1025;
 /// Host port (CID 2) to which the agent connects once, to say that it listens. The connection is refused;
-/// its arrival is the message. No other connection from the guest is accepted.
+/// its arrival is the message. No connection from the guest is accepted.
 pub const READY_PORT: u32 = 1026;
+/// Host port to which the agent connects once, likewise, to say that the guest is settled: nothing of its start is under
+/// way any more.
+pub const SETTLED_PORT: u32 = 1027;
 /// The unix socket of a host pod's agent in place of [`AGENT_PORT`]; a name in the agent's directory.
 pub const AGENT_SOCKET: &str = "agent.sock";
 /// The unix socket of a host pod's agent in place of [`STREAM_PORT`].

@@ -28,7 +28,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::logs::{LogManager, NewLog};
-use crate::pod::Running;
+use crate::pod::{Pod, Running};
 
 /// The most connections at a time. A daemon uses one for each request that it has under way.
 const MAX_CONNECTIONS: usize = 64;
@@ -129,15 +129,23 @@ impl Control {
         threads::spawn(Kind::Control, "listen", 0, accept).map(drop)
     }
 
-    /// Ends the machine's threads, once its end was told, and waits a bounded time for the containers' last
-    /// output. Then tells the end to the exit file and all watchers, and waits a bounded time for these.
-    pub fn finish(&self, reason: &ExitReason, exit_file: Option<File>) {
+    /// What runs.
+    pub fn pod(&self) -> &Pod {
+        &self.running.pod
+    }
+
+    /// Ends the machine's threads, once its end was told, and waits a bounded time for the containers' last output.
+    pub fn stop(&self) {
         self.running.pod.stop();
         if let Some(logs) = &self.running.logs
             && !logs.finish(LAST_OUTPUT)
         {
             eprintln!("some output of containers could not be written before the end");
         }
+    }
+
+    /// Tells the end to the exit file and all watchers, and waits a bounded time for these.
+    pub fn finish(&self, reason: &ExitReason, exit_file: Option<File>) {
         if let Some(file) = exit_file
             && let Err(error) = write_exit_file(file, reason)
         {

@@ -7,6 +7,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
@@ -15,7 +16,7 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_mmio as reg;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{GuestAddress, GuestAddressSpace};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::virtio::{Activation, ActiveQueue, FailureSink, Interrupt, Memory, VirtioDevice};
@@ -62,54 +63,96 @@ impl Interrupt for MmioInterrupt {
 }
 
 /// What the driver has said of one queue.
-struct Slot {
-    max_size: u16,
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QueueState {
     size: u32,
     ready: bool,
     descriptors: u64,
     driver: u64,
     device: u64,
+}
+
+/// What the driver has said of a device, and what it has still to hear.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WindowState {
+    /// The device's type (virtio 1.2 §5).
+    device: u32,
+    status: u32,
+    active: bool,
+    queue_select: u32,
+    device_features_select: u32,
+    driver_features_select: u32,
+    driver_features: u64,
+    interrupt_status: u32,
+    generation: u32,
+    queues: Vec<QueueState>,
+}
+
+/// One queue of a window.
+struct Slot {
+    max_size: u16,
+    said: QueueState,
     notify: EventFd,
+}
+
+impl QueueState {
+    fn new(max_size: u16) -> Self {
+        Self {
+            size: max_size.into(),
+            ready: false,
+            descriptors: 0,
+            driver: 0,
+            device: 0,
+        }
+    }
 }
 
 impl Slot {
     fn new(max_size: u16) -> io::Result<Self> {
         Ok(Self {
             max_size,
-            size: max_size.into(),
-            ready: false,
-            descriptors: 0,
-            driver: 0,
-            device: 0,
+            said: QueueState::new(max_size),
             notify: EventFd::new(EFD_NONBLOCK)?,
         })
     }
 
     fn reset(&mut self) {
-        self.size = self.max_size.into();
-        self.ready = false;
-        (self.descriptors, self.driver, self.device) = (0, 0, 0);
+        self.said = QueueState::new(self.max_size);
     }
 
-    /// The queue, if all that the driver said of it is valid.
-    fn build(&self, memory: &Memory, event_idx: bool) -> Option<Queue> {
-        if !self.ready {
+    /// The queue, if all that the driver said of it is valid. One that was in service before goes on where its used
+    /// ring says that it was: a parked device has served all that it took.
+    fn build(&self, memory: &Memory, event_idx: bool, goes_on: bool) -> Option<Queue> {
+        if !self.said.ready {
             return None;
         }
         let mut queue = Queue::new(self.max_size).ok()?;
-        queue.try_set_size(u16::try_from(self.size).ok()?).ok()?;
         queue
-            .try_set_desc_table_address(GuestAddress(self.descriptors))
+            .try_set_size(u16::try_from(self.said.size).ok()?)
             .ok()?;
         queue
-            .try_set_avail_ring_address(GuestAddress(self.driver))
+            .try_set_desc_table_address(GuestAddress(self.said.descriptors))
             .ok()?;
         queue
-            .try_set_used_ring_address(GuestAddress(self.device))
+            .try_set_avail_ring_address(GuestAddress(self.said.driver))
+            .ok()?;
+        queue
+            .try_set_used_ring_address(GuestAddress(self.said.device))
             .ok()?;
         queue.set_event_idx(event_idx);
         queue.set_ready(true);
-        queue.is_valid(&*memory.memory()).then_some(queue)
+        let memory = memory.memory();
+        if goes_on {
+            // le16 flags, le16 idx (virtio 1.2 §2.7.8).
+            let index = GuestAddress(self.said.device.checked_add(2)?);
+            let used = memory.load::<u16>(index, Ordering::Acquire).ok()?;
+            let used = u16::from_le(used);
+            queue.set_next_avail(used);
+            queue.set_next_used(used);
+        }
+        queue.is_valid(&*memory).then_some(queue)
     }
 }
 
@@ -213,6 +256,63 @@ impl MmioTransport {
         self.reset();
     }
 
+    /// What a clone of this device needs, whose worker is parked.
+    pub fn save(&self) -> WindowState {
+        WindowState {
+            device: self.device.device_type(),
+            status: self.status,
+            active: self.active,
+            queue_select: self.queue_select,
+            device_features_select: self.device_features_select,
+            driver_features_select: self.driver_features_select,
+            driver_features: self.driver_features,
+            interrupt_status: self.interrupt.status.load(Ordering::SeqCst),
+            generation: self.interrupt.generation.load(Ordering::SeqCst),
+            queues: self.slots.iter().map(|slot| slot.said).collect(),
+        }
+    }
+
+    /// Goes on where a device like this one was. Its rings are in the memory already. Where they are not, the device
+    /// needs a reset, and its driver hears of that.
+    ///
+    /// # Errors
+    /// A sentence, where it was the state of another device.
+    pub fn restore(&mut self, state: &WindowState) -> Result<(), String> {
+        let (name, kind) = (self.device.name(), self.device.device_type());
+        if (state.device, state.queues.len()) != (kind, self.slots.len()) {
+            return Err(format!(
+                "a device of type {} with {} queues was in the place of {name}",
+                state.device,
+                state.queues.len()
+            ));
+        }
+        if state.driver_features & !self.device.features() != 0 {
+            return Err(format!(
+                "{name} had features then that it has no more: {:#x}",
+                state.driver_features
+            ));
+        }
+        self.status = state.status;
+        self.queue_select = state.queue_select;
+        self.device_features_select = state.device_features_select;
+        self.driver_features_select = state.driver_features_select;
+        self.driver_features = state.driver_features;
+        let interrupt = &self.interrupt;
+        interrupt
+            .status
+            .store(state.interrupt_status, Ordering::SeqCst);
+        interrupt
+            .generation
+            .store(state.generation, Ordering::SeqCst);
+        for (slot, said) in self.slots.iter_mut().zip(&state.queues) {
+            slot.said = *said;
+        }
+        if state.active {
+            self.activate(true);
+        }
+        Ok(())
+    }
+
     fn slot(&self) -> Option<&Slot> {
         self.slots.get(self.queue_select as usize)
     }
@@ -227,7 +327,7 @@ impl MmioTransport {
                 half(self.device.features(), self.device_features_select)
             }
             reg::VIRTIO_MMIO_QUEUE_NUM_MAX => self.slot().map_or(0, |slot| slot.max_size.into()),
-            reg::VIRTIO_MMIO_QUEUE_READY => self.slot().map_or(0, |slot| slot.ready.into()),
+            reg::VIRTIO_MMIO_QUEUE_READY => self.slot().map_or(0, |slot| slot.said.ready.into()),
             reg::VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.status.load(Ordering::SeqCst),
             reg::VIRTIO_MMIO_STATUS => self.status,
             // There is no shared memory: its length is all ones (§4.2.2.1).
@@ -270,11 +370,12 @@ impl MmioTransport {
     }
 
     /// The driver can touch queues only between FEATURES_OK and DRIVER_OK.
-    fn configurable(&mut self) -> Option<&mut Slot> {
+    fn configurable(&mut self) -> Option<&mut QueueState> {
         if self.active || self.status & (FEATURES_OK | DRIVER_OK | FAILED) != FEATURES_OK {
             return None;
         }
-        self.slots.get_mut(self.queue_select as usize)
+        let slot = self.slots.get_mut(self.queue_select as usize);
+        slot.map(|slot| &mut slot.said)
     }
 
     fn write_ready(&mut self, value: u32) {
@@ -332,13 +433,13 @@ impl MmioTransport {
             }
             (s, DRIVER_OK) if s == ACKNOWLEDGE | DRIVER | FEATURES_OK => {
                 self.status |= DRIVER_OK;
-                self.activate();
+                self.activate(false);
             }
             _ => {}
         }
     }
 
-    fn activate(&mut self) {
+    fn activate(&mut self, goes_on: bool) {
         let event_idx = self.driver_features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
         let queues: Option<Vec<_>> = self
             .slots
@@ -347,7 +448,7 @@ impl MmioTransport {
             .map(|(index, slot)| {
                 Some(ActiveQueue {
                     index: u16::try_from(index).ok()?,
-                    queue: slot.build(&self.memory, event_idx)?,
+                    queue: slot.build(&self.memory, event_idx, goes_on)?,
                     notify: slot.notify.try_clone().ok()?,
                 })
             })

@@ -254,9 +254,9 @@ fn an_active_queue_cannot_be_changed() {
         driver.write(register, value);
     }
     let slot = &driver.transport.slots[0];
-    assert_eq!((slot.size, slot.ready), (8, true));
+    assert_eq!((slot.said.size, slot.said.ready), (8, true));
     assert_eq!(
-        (slot.descriptors, slot.driver, slot.device),
+        (slot.said.descriptors, slot.said.driver, slot.said.device),
         (0x1000, 0x1400, 0x1800)
     );
     // DRIVER_OK again changes nothing either.
@@ -268,14 +268,14 @@ fn an_active_queue_cannot_be_changed() {
 fn a_ready_queue_is_fixed_before_activation_too() {
     let mut driver = Driver::new(false);
     driver.write(reg::VIRTIO_MMIO_QUEUE_NUM, 4);
-    assert_eq!(driver.transport.slots[0].size, 8, "before FEATURES_OK");
+    assert_eq!(driver.transport.slots[0].said.size, 8, "before FEATURES_OK");
     driver.negotiate(V1);
     driver.queue(0, 8, 0x1000);
     driver.write(reg::VIRTIO_MMIO_QUEUE_DESC_LOW, 0x5000);
-    assert_eq!(driver.transport.slots[0].descriptors, 0x1000);
+    assert_eq!(driver.transport.slots[0].said.descriptors, 0x1000);
     driver.write(reg::VIRTIO_MMIO_QUEUE_READY, 0);
     driver.write(reg::VIRTIO_MMIO_QUEUE_DESC_LOW, 0x5000);
-    assert_eq!(driver.transport.slots[0].descriptors, 0x5000);
+    assert_eq!(driver.transport.slots[0].said.descriptors, 0x5000);
 }
 
 // must-test: queue_select out of range

@@ -9,7 +9,8 @@ use vmm_sys_util::eventfd::EventFd;
 use super::console::Console;
 use super::ending::Ending;
 use crate::arch::{acpi::S5_TYPE, layout};
-use crate::transport::mmio::MmioTransport;
+use crate::template::SerialPort;
+use crate::transport::mmio::{MmioTransport, WindowState};
 
 /// The sleep control register's fields (ACPI 6.5 §4.8.3.7): the type and the bit that starts it.
 const SLEEP_TYPE_SHIFT: u8 = 2;
@@ -125,6 +126,12 @@ impl Bus {
     pub fn stop(&self) {
         self.windows.iter().for_each(|window| lock(window).stop());
         lock(&self.serial).writer_mut().finish();
+    }
+
+    /// The registers of COM1 and of the windows, in order. The devices are parked.
+    pub fn save(&self) -> (SerialPort, Vec<WindowState>) {
+        let windows = self.windows.iter().map(|window| lock(window).save());
+        (SerialPort(lock(&self.serial).state()), windows.collect())
     }
 
     fn window(&self, address: u64) -> Option<(MutexGuard<'_, MmioTransport>, u64)> {

@@ -1,9 +1,13 @@
 //! KVM's side of a machine: the VM, its memory, its interrupt controllers and its eventfds.
 
+use std::fs::File;
 use std::io;
-use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
-use kvm_bindings::{KVM_API_VERSION, kvm_userspace_memory_region, kvm_xcrs};
+use kvm_bindings::{
+    KVM_API_VERSION, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    kvm_clock_data, kvm_irqchip, kvm_userspace_memory_region, kvm_xcrs,
+};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -12,6 +16,7 @@ use super::memory;
 use crate::arch::cpuid::{Cpuid, CpuidError};
 use crate::arch::layout;
 use crate::arch::regs::{self, RegsError};
+use crate::template::{MachineState, Overlay, Saver, TemplateError, kvm};
 use crate::transport::mmio::{MmioTransport, QUEUE_NOTIFY};
 
 /// What a machine cannot do without.
@@ -22,6 +27,17 @@ const NEEDED: [(Cap, &str); 5] = [
     (Cap::UserMemory, "user memory regions"),
     (Cap::ImmediateExit, "immediate exit"),
 ];
+
+/// What is in a machine's memory before anything is put there.
+#[derive(Clone, Copy, Debug)]
+pub enum Content<'a> {
+    /// Nothing; the memory is this process's own.
+    Nothing,
+    /// Nothing; the memory is this file, for others to clone.
+    File(&'a File),
+    /// What a template left in this file, which stays as it is.
+    Template(&'a File),
+}
 
 /// Why KVM cannot give us a machine.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +75,21 @@ pub enum KvmError {
     Cpuid(#[from] CpuidError),
 }
 
+/// Why the vCPUs of a clone cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// As of any machine.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// They cannot have their state.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+}
+
+fn last_error() -> kvm_ioctls::Error {
+    kvm_ioctls::Error::last()
+}
+
 fn ioctl(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmError {
     move |source| KvmError::Ioctl { what, source }
 }
@@ -76,7 +107,7 @@ impl KvmVm {
     ///
     /// # Errors
     /// [`KvmError`] says what KVM lacks or refused.
-    pub fn new(device: OwnedFd, bytes: u64) -> Result<Self, KvmError> {
+    pub fn new(device: OwnedFd, bytes: u64, content: Content<'_>) -> Result<Self, KvmError> {
         // SAFETY: the descriptor is ours and is given away; nobody else closes it.
         let kvm = unsafe { Kvm::from_raw_fd(device.into_raw_fd()) };
         let version = kvm.get_api_version();
@@ -95,7 +126,7 @@ impl KvmVm {
             .map_err(ioctl("set the task state segment's address"))?;
         vm.create_irq_chip()
             .map_err(ioctl("make interrupt controllers"))?;
-        let memory = map(&vm, bytes)?;
+        let memory = map(&vm, bytes, content)?;
         Ok(Self { vm, kvm, memory })
     }
 
@@ -143,17 +174,92 @@ impl KvmVm {
         regs::write_boot_tables(&self.memory)?;
         (0..count)
             .map(|id| {
-                let vcpu = self
-                    .vm
-                    .create_vcpu(id.into())
-                    .map_err(ioctl("make a vCPU"))?;
-                vcpu.set_cpuid2(&cpuid.for_vcpu(id)?)
-                    .map_err(ioctl("take a vCPU's CPUID"))?;
+                let vcpu = self.create_vcpu(id, &cpuid)?;
                 set_features(&vcpu, &cpuid)?;
                 regs::set_up(&vcpu, (id == 0).then_some(entry))?;
                 Ok(vcpu)
             })
             .collect()
+    }
+
+    fn create_vcpu(&self, id: u8, cpuid: &Cpuid) -> Result<VcpuFd, KvmError> {
+        let vcpu = self
+            .vm
+            .create_vcpu(id.into())
+            .map_err(ioctl("make a vCPU"))?;
+        vcpu.set_cpuid2(&cpuid.for_vcpu(id)?)
+            .map_err(ioctl("take a vCPU's CPUID"))?;
+        Ok(vcpu)
+    }
+
+    /// Makes the vCPUs of a clone, which go on where its template's were, and what they share of KVM.
+    ///
+    /// # Errors
+    /// [`KvmError`] and [`TemplateError`].
+    pub fn restore_vcpus(&self, state: &MachineState) -> Result<Vec<VcpuFd>, RestoreError> {
+        let count = u8::try_from(state.vcpus.len()).unwrap_or(u8::MAX);
+        let cpuid = Cpuid::new(&self.kvm, count).map_err(KvmError::from)?;
+        let vcpus = (0..count)
+            .map(|id| self.create_vcpu(id, &cpuid))
+            .collect::<Result<Vec<_>, _>>()?;
+        for (vcpu, state) in vcpus.iter().zip(&state.vcpus) {
+            state.put(vcpu)?;
+        }
+        for chip in &state.chips {
+            self.vm
+                .set_irqchip(chip)
+                .map_err(kvm("take an interrupt controller's state"))?;
+        }
+        // What KVM says with the time, such as when it was read, it does not take.
+        let clock = kvm_clock_data {
+            clock: state.clock.clock,
+            ..Default::default()
+        };
+        self.vm.set_clock(&clock).map_err(kvm("set the clock"))?;
+        Ok(vcpus)
+    }
+
+    /// What can read these vCPUs when they are parked.
+    ///
+    /// # Errors
+    /// [`TemplateError`].
+    pub fn saver(&self, vcpus: &[VcpuFd]) -> Result<Saver, TemplateError> {
+        let copies = vcpus.iter().map(|vcpu| {
+            // SAFETY: the descriptor is open: it is that of a vCPU which is borrowed.
+            let fd = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
+            let copy = fd.try_clone_to_owned().map_err(|_| last_error())?;
+            // SAFETY: the copy is a vCPU's of this VM, and is given away.
+            unsafe { self.vm.create_vcpu_from_rawfd(copy.into_raw_fd()) }
+        });
+        let copies: Result<_, _> = copies.collect();
+        Saver::new(&self.kvm, copies.map_err(kvm("share a vCPU"))?)
+    }
+
+    /// The interrupt controllers and the clock. The vCPUs and devices are parked.
+    ///
+    /// # Errors
+    /// [`TemplateError::Kvm`].
+    pub fn save(&self) -> Result<(Vec<kvm_irqchip>, kvm_clock_data), TemplateError> {
+        let chips = [
+            KVM_IRQCHIP_PIC_MASTER,
+            KVM_IRQCHIP_PIC_SLAVE,
+            KVM_IRQCHIP_IOAPIC,
+        ];
+        let chips = chips
+            .into_iter()
+            .map(|chip_id| {
+                let mut chip = kvm_irqchip {
+                    chip_id,
+                    ..Default::default()
+                };
+                self.vm
+                    .get_irqchip(&mut chip)
+                    .map_err(kvm("tell an interrupt controller's state"))?;
+                Ok(chip)
+            })
+            .collect::<Result<_, _>>()?;
+        let clock = self.vm.get_clock().map_err(kvm("tell the clock"))?;
+        Ok((chips, clock))
     }
 }
 
@@ -182,8 +288,17 @@ fn create(kvm: &Kvm) -> Result<VmFd, KvmError> {
     }
 }
 
-fn map(vm: &VmFd, bytes: u64) -> Result<GuestMemoryMmap, KvmError> {
-    let memory = memory::map(&layout::memory_ranges(bytes)).map_err(|source| KvmError::Memory {
+fn map(vm: &VmFd, bytes: u64, content: Content<'_>) -> Result<GuestMemoryMmap, KvmError> {
+    let ranges = layout::memory_ranges(bytes);
+    let memory = match content {
+        Content::Nothing => memory::map(&ranges),
+        Content::File(file) => memory::map_file(&ranges, file),
+        Content::Template(file) => memory::map(&ranges).and_then(|memory| {
+            Overlay::new(file, bytes)?.lay(&memory)?;
+            Ok(memory)
+        }),
+    };
+    let memory = memory.map_err(|source| KvmError::Memory {
         mib: bytes >> 20,
         source,
     })?;

@@ -24,7 +24,7 @@ fn machine(code: &[u8]) -> Option<(Machine, std::fs::File)> {
             return None;
         }
     };
-    let vm = KvmVm::new(OwnedFd::from(device), 64 << 20).unwrap();
+    let vm = KvmVm::new(OwnedFd::from(device), 64 << 20, Content::Nothing).unwrap();
     vm.memory().write_slice(code, GuestAddress(CODE)).unwrap();
     regs::write_boot_tables(vm.memory()).unwrap();
     let vcpus = vm.create_vcpus(2, GuestAddress(CODE)).unwrap();
@@ -111,7 +111,7 @@ fn a_spinning_guest_is_paused_resumed_and_stopped() {
     };
     let count = || -> u64 {
         machine
-            ._vm
+            .vm
             .memory()
             .read_obj(GuestAddress(0x3_0000))
             .unwrap()

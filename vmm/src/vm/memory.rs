@@ -4,7 +4,9 @@
 //! a mapping at any page. Whether there are huge pages is the host's policy (transparent_hugepage): with them a guest's
 //! first touch of its memory costs one fault in place of 512, and each miss of the TLB a shorter walk.
 
+use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::ptr;
 
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
@@ -18,15 +20,48 @@ const HUGE: usize = 2 << 20;
 /// # Errors
 /// What the system says.
 pub fn map(ranges: &[(GuestAddress, usize)]) -> io::Result<GuestMemoryMmap> {
+    regions(ranges, |size, _| aligned(size))
+}
+
+/// Maps ranges to a file that is made as long as all of them, one after another: what the guest writes is in the file.
+///
+/// # Errors
+/// What the system says.
+pub fn map_file(ranges: &[(GuestAddress, usize)], file: &File) -> io::Result<GuestMemoryMmap> {
+    let length: usize = ranges.iter().map(|(_, size)| size).sum();
+    file.set_len(length as u64)?;
+    regions(ranges, |size, offset| shared(size, offset, file))
+}
+
+fn regions(
+    ranges: &[(GuestAddress, usize)],
+    map: impl Fn(usize, usize) -> io::Result<MmapRegion>,
+) -> io::Result<GuestMemoryMmap> {
+    let mut offset = 0;
     let regions = ranges
         .iter()
         .map(|&(start, size)| {
-            let region = aligned(size)?;
+            let region = map(size, offset)?;
+            offset += size;
             GuestRegionMmap::new(region, start)
                 .ok_or_else(|| io::Error::other("the range is beyond all addresses"))
         })
         .collect::<io::Result<Vec<_>>>()?;
     GuestMemoryMmap::from_regions(regions).map_err(io::Error::other)
+}
+
+fn shared(size: usize, offset: usize, file: &File) -> io::Result<MmapRegion> {
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+    let (fd, offset) = (file.as_raw_fd(), offset as libc::off_t);
+    // SAFETY: a new mapping at an address of the system's choice; no memory in use is touched.
+    let begin = unsafe { libc::mmap(ptr::null_mut(), size, protection, flags, fd, offset) };
+    if begin == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the mapping has this size, and is never unmapped: the region does not own it, and nobody else knows it.
+    unsafe { MmapRegion::build_raw(begin.cast(), size, protection, flags) }
+        .map_err(io::Error::other)
 }
 
 fn aligned(size: usize) -> io::Result<MmapRegion> {

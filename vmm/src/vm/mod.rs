@@ -6,19 +6,21 @@ mod ending;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod kvm;
-mod memory;
+pub(crate) mod memory;
 mod vcpu;
 
 pub use bus::{Bus, SerialLine};
 pub use console::Console;
 pub use ending::Ending;
-pub use kvm::{KvmError, KvmVm};
+pub use kvm::{Content, KvmError, KvmVm, RestoreError};
 pub use vcpu::Vcpus;
 
 use std::sync::Arc;
 use std::sync::{Mutex, PoisonError};
 
 use caisson_vmm_protocol::VmState;
+
+use crate::template::{MachineState, Saver, TemplateError};
 
 /// A machine whose vCPUs have been started.
 pub struct Machine {
@@ -27,7 +29,7 @@ pub struct Machine {
     ending: Arc<Ending>,
     state: Mutex<VmState>,
     /// Keeps the VM and the guest's memory for as long as the machine runs.
-    _vm: KvmVm,
+    vm: KvmVm,
 }
 
 impl Machine {
@@ -38,7 +40,7 @@ impl Machine {
             bus,
             ending,
             state: Mutex::new(VmState::Running),
-            _vm: vm,
+            vm,
         }
     }
 
@@ -73,6 +75,17 @@ impl Machine {
             self.vcpus.resume();
             *state = VmState::Running;
         }
+    }
+
+    /// Parks the machine and says all of it that is not in its memory.
+    ///
+    /// # Errors
+    /// [`TemplateError`].
+    pub fn save(&self, saver: &mut Saver) -> Result<MachineState, TemplateError> {
+        self.pause();
+        let vcpus = saver.save()?;
+        let (serial, windows) = self.bus.save();
+        Ok(MachineState::new(vcpus, self.vm.save()?, serial, windows))
     }
 
     /// Ends the vCPUs and the devices, after the machine's end was told.

@@ -92,6 +92,7 @@ impl Spec {
                 share: None,
                 vsock: None,
                 jail: None,
+                template: None,
             },
             fds: Vec::new(),
             dir,

@@ -21,6 +21,7 @@ pub use recover::recover;
 pub use remove::remove;
 pub use resize::resize;
 pub use run::{hostname, run};
+pub use size::usual_shape;
 pub use stop::stop;
 pub use tend::tend_networks;
 pub use view::{item, status, verbose};

@@ -2,13 +2,30 @@
 
 use caisson_proto::cri;
 
+use super::scratch;
 use crate::config::MicroVmConfig;
 // Of the overhead that a RuntimeClass names: both count against the same limit of the pod's cgroup.
-use crate::sandbox::microvm::PROCESS_MIB;
+use crate::sandbox::Scratch;
+use crate::sandbox::microvm::{PROCESS_MIB, Shape};
 
 const MAX_VCPUS: u64 = 32;
 const MAX_MEMORY_MIB: u64 = 1 << 20;
 const MIB: u64 = 1 << 20;
+
+/// The shape of a pod without limits and annotations, with a network.
+pub fn usual_shape(defaults: &MicroVmConfig) -> Shape {
+    let pod = cri::PodSandboxConfig::default();
+    let (vcpus, memory_mib) = machine(&pod, defaults);
+    Shape {
+        vcpus,
+        memory_mib,
+        scratch: match scratch::of(&pod, defaults, memory_mib) {
+            Ok(Scratch::Disk { bytes, .. }) => Some(bytes),
+            _ => None,
+        },
+        network: true,
+    }
+}
 
 /// Virtual CPUs and MiB of memory for a pod: its limits, or the configured size where it has none. The guest's own
 /// needs come on top of a limit, so that the pod can use all that it was promised.

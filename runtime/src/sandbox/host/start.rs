@@ -238,7 +238,7 @@ async fn set_up(host: &Host, plan: &SandboxPlan) -> io::Result<()> {
         dns_searches: plan.dns.searches.clone(),
         dns_options: plan.dns.options.clone(),
         // Configured already; for the hosts file.
-        interfaces: agent::interfaces(plan.network.as_ref()),
+        interfaces: agent::interfaces(plan.network.as_ref(), ""),
         sysctls: plan.sysctls.iter().cloned().collect(),
         shared_pid_namespace: plan.shared_pid_namespace,
         user_namespace: agent::user_namespace(plan.ids.as_ref()),

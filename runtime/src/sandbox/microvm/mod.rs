@@ -9,10 +9,12 @@
 mod namespace;
 mod share;
 mod start;
+mod template;
 mod tree;
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use caisson_proto::agent as proto;
@@ -26,6 +28,7 @@ use caisson_vmm_protocol::RateLimit;
 
 use crate::timings::Timings;
 use share::Share;
+pub use template::{Shape, Templates};
 use tree::Tree;
 
 /// The serial of the disk of image layers.
@@ -69,6 +72,8 @@ pub struct MicroVmConfig {
     pub disk_rate: RateLimit,
     /// The most that the network device does in each direction.
     pub net_rate: RateLimit,
+    /// Machines of which pods are clones; `None`: every pod boots its kernel.
+    pub templates: Option<Arc<Templates>>,
 }
 
 /// A pod in its microVM.

@@ -4,16 +4,17 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use caisson_proto::agent as proto;
 use caisson_vmm_protocol::{
     DiskConfig, ExitReason, JailConfig, NetConfig, PROTOCOL_VERSION, Reply, Request, ShareConfig,
-    VmConfig, VsockConfig,
+    TemplateConfig, VmConfig, VsockConfig,
 };
 
 use super::share::{GUEST_PATH, Share};
+use super::template::{self, Shape, Template};
 use super::{LAYERS_SERIAL, MicroVm, MicroVmConfig, PROCESS_MIB};
 use crate::network::PodNetwork;
 use crate::sandbox::pod::control::{self, Control};
@@ -45,6 +46,7 @@ impl MicroVm {
     ///
     /// If a step fails everything is taken back, the plan's network excepted, which is the caller's. A guest that
     /// resets itself before its agent has answered has done nothing yet, so it is booted once more, and the log says so.
+    /// Where there is a template of its shape, the pod is a clone of that.
     ///
     /// # Errors
     /// [`SandboxError::Start`] with the step that failed and why; [`SandboxError::Reset`] for a guest that resets
@@ -54,10 +56,23 @@ impl MicroVm {
         config: &MicroVmConfig,
         timings: Timings,
     ) -> Result<Self, SandboxError> {
-        match Self::start_once(plan, config, timings.clone()).await {
+        let shape = Shape::of(plan);
+        let templates = config.templates.as_ref();
+        if let Some((templates, template)) =
+            templates.and_then(|templates| Some((templates, templates.find(&shape, config)?)))
+        {
+            match Self::start_once(plan, config, timings.clone(), Some(&template)).await {
+                Err(error) => {
+                    tracing::warn!(%error, "the pod could not be a clone; it boots its kernel");
+                    templates.discard(&template);
+                }
+                started => return started,
+            }
+        }
+        match Self::start_once(plan, config, timings.clone(), None).await {
             Err(error @ SandboxError::Reset { .. }) => {
                 tracing::warn!(%error, "booting the guest once more");
-                Self::start_once(plan, config, timings).await
+                Self::start_once(plan, config, timings, None).await
             }
             other => other,
         }
@@ -67,6 +82,7 @@ impl MicroVm {
         plan: &SandboxPlan,
         config: &MicroVmConfig,
         timings: Timings,
+        template: Option<&Template>,
     ) -> Result<Self, SandboxError> {
         let error = |step| SandboxError::at(&plan.id, step);
         let dir = PodDir::new(&plan.id, &config.pod)?;
@@ -81,13 +97,21 @@ impl MicroVm {
                 .map_err(error("prepare the share and disk"))?;
             let boot_began = timings.elapsed();
             timings
-                .step("start caisson-vmm", boot(plan, config, &dir, parts))
+                .step("start caisson-vmm", async {
+                    let mut fds = Fds::default();
+                    let machine = machine(plan, parts, template, &mut fds)?;
+                    boot(machine, config, &dir, fds, plan.network.clone()).await
+                })
                 .await
                 .map_err(error("boot the virtual machine"))?;
             let vm = Self::with(&plan.id, dir.clone(), timings.clone()).await;
             timings
                 .step(
-                    "boot guest",
+                    if template.is_some() {
+                        "resume guest"
+                    } else {
+                        "boot guest"
+                    },
                     wait_for_agent(&vm.pod.control, &dir, config.start_timeout),
                 )
                 .await
@@ -98,8 +122,9 @@ impl MicroVm {
                     },
                     _ => error("boot the guest")(cause),
                 })?;
+            let current_mac = template.map_or("", |_| template::MAC);
             timings
-                .step("set up sandbox in guest", set_up(&vm, plan))
+                .step("set up sandbox in guest", set_up(&vm, plan, current_mac))
                 .await
                 .map_err(error("set up the sandbox in the guest"))?;
             steps::done(Step::AgentReady);
@@ -164,12 +189,64 @@ async fn prepare(
     })
 }
 
-/// Starts the pod process, hands it all it needs and lets it run the machine.
-async fn boot(
+/// A machine that is one pod's, or that becomes a template.
+pub struct Machine {
+    /// Its name.
+    pub id: String,
+    /// Virtual CPUs.
+    pub vcpus: u8,
+    /// Guest memory in MiB.
+    pub memory_mib: u32,
+    /// The host user and group of its process.
+    pub user: u32,
+    /// Its network device.
+    pub nets: Vec<NetConfig>,
+    /// What it has to do with a template.
+    pub template: Option<TemplateConfig>,
+    /// The network namespace of its process; `None`: an empty one.
+    pub netns: Option<PathBuf>,
+    /// The cgroup above its own; empty: the daemon's default.
+    pub cgroup_parent: String,
+    /// The root of its share.
+    pub share_root: OwnedFd,
+    /// Its scratch disk.
+    pub scratch: Option<File>,
+}
+
+/// The machine of a pod; a clone of the template, if there is one.
+fn machine(
     plan: &SandboxPlan,
+    parts: Parts,
+    template: Option<&Template>,
+    fds: &mut Fds,
+) -> io::Result<Machine> {
+    Ok(Machine {
+        id: plan.id.clone(),
+        vcpus: plan.vcpus,
+        memory_mib: plan.memory_mib,
+        user: plan.user,
+        nets: net(plan.network.as_ref(), fds)?,
+        template: template.map(|template| template.lend(fds)),
+        netns: plan.network.as_ref().map(|network| network.netns.clone()),
+        cgroup_parent: plan.cgroup_parent.clone(),
+        share_root: parts.share_root,
+        scratch: parts.scratch,
+    })
+}
+
+/// The words that a guest's kernel is started with.
+pub fn command_line(config: &MicroVmConfig) -> String {
+    format!("{CMDLINE} {}", config.cmdline_extra)
+}
+
+/// Starts the pod process, hands it all it needs and lets it run the machine. `fds` has what the machine names already;
+/// `lent` owns some of it.
+pub async fn boot(
+    machine: Machine,
     config: &MicroVmConfig,
     dir: &PodDir,
-    parts: Parts,
+    mut fds: Fds,
+    lent: impl Send + 'static,
 ) -> io::Result<()> {
     let kvm = open_named(
         Path::new("/dev/kvm"),
@@ -183,22 +260,27 @@ async fn boot(
     let control_listener = listen(&dir.control())?;
     let vsock_listener = listen(&dir.vsock())?;
 
-    let mut fds = Fds::default();
+    let Machine {
+        share_root,
+        scratch,
+        netns,
+        cgroup_parent: parent,
+        ..
+    } = machine;
     let vm = VmConfig {
         version: PROTOCOL_VERSION,
-        id: plan.id.clone(),
-        vcpus: plan.vcpus,
-        memory_mib: plan.memory_mib,
+        id: machine.id,
+        vcpus: machine.vcpus,
+        memory_mib: machine.memory_mib,
         kvm: fds.push(&kvm),
         kernel: fds.push(&kernel),
         initramfs: Some(fds.push(&initramfs)),
-        cmdline: format!("{CMDLINE} {}", config.cmdline_extra),
+        cmdline: command_line(config),
         console: fds.push(&console),
         console_limit: CONSOLE_LIMIT,
         control_listener: Some(fds.push(&control_listener)),
         exit_file: Some(fds.push(&exit_file)),
-        disks: parts
-            .scratch
+        disks: scratch
             .iter()
             .map(|file| DiskConfig {
                 serial: SCRATCH_SERIAL.into(),
@@ -207,37 +289,38 @@ async fn boot(
             })
             .collect(),
         layers: Some(LAYERS_SERIAL.into()),
-        nets: net(plan.network.as_ref(), &mut fds)?,
+        nets: machine.nets,
         disk_rate: config.disk_rate,
         net_rate: config.net_rate,
         share: Some(ShareConfig {
             tag: SHARE_TAG.into(),
-            root: fds.push(&parts.share_root),
+            root: fds.push(&share_root),
         }),
         vsock: Some(VsockConfig {
             cid: GUEST_CID,
             listener: Some(fds.push(&vsock_listener)),
         }),
         jail: Some(JailConfig {
-            uid: plan.user,
-            gid: plan.user,
+            uid: machine.user,
+            gid: machine.user,
         }),
+        template: machine.template,
     };
-    let (config, parent) = (config.pod.clone(), plan.cgroup_parent.clone());
-    let (dir, network) = (dir.clone(), plan.network.clone());
     let needs = cgroup::Needs {
-        bytes: (u64::from(plan.memory_mib) + PROCESS_MIB) << 20,
-        vcpus: plan.vcpus,
+        bytes: (u64::from(vm.memory_mib) + PROCESS_MIB) << 20,
+        vcpus: vm.vcpus,
     };
+    let (config, dir) = (config.pod.clone(), dir.clone());
     let reply = tokio::task::spawn_blocking(move || {
-        let netns = network.as_ref().map(|network| network.netns.as_path());
-        let socket = process::start(&config.vmm, &dir, netns, |pid| {
+        let socket = process::start(&config.vmm, &dir, netns.as_deref(), |pid| {
             cgroup::place(&dir, &config, &parent, pid, needs)
         })?;
         let reply = control::exchange(socket, &Request::Boot(Box::new(vm)), &fds.0);
         // The descriptors are lent until the pod process has its own.
-        drop((kvm, kernel, initramfs, console, exit_file, parts, network));
-        drop((control_listener, vsock_listener));
+        drop((
+            kvm, kernel, initramfs, console, exit_file, share_root, scratch,
+        ));
+        drop((control_listener, vsock_listener, lent));
         reply.map_err(|e| died(&dir, &e))
     })
     .await??;
@@ -302,7 +385,7 @@ async fn wait_for_agent(control: &Control, dir: &PodDir, limit: Duration) -> io:
     Err(io::Error::new(kind, said))
 }
 
-async fn set_up(vm: &MicroVm, plan: &SandboxPlan) -> io::Result<()> {
+async fn set_up(vm: &MicroVm, plan: &SandboxPlan, current_mac: &str) -> io::Result<()> {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_err(io::Error::other)?;
@@ -313,7 +396,7 @@ async fn set_up(vm: &MicroVm, plan: &SandboxPlan) -> io::Result<()> {
         dns_servers: plan.dns.servers.clone(),
         dns_searches: plan.dns.searches.clone(),
         dns_options: plan.dns.options.clone(),
-        interfaces: agent::interfaces(plan.network.as_ref()),
+        interfaces: agent::interfaces(plan.network.as_ref(), current_mac),
         routes: routes(plan.network.as_ref()),
         shared_mounts: vec![proto::SharedMount {
             tag: SHARE_TAG.into(),

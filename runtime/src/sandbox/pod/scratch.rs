@@ -12,9 +12,14 @@ use nix::unistd::{Whence, lseek64};
 /// The smallest scratch disk: below it an ext4 file system is mostly its own tables.
 const MIN_BYTES: u64 = 16 << 20;
 
+/// The size of a scratch disk for so many bytes.
+pub fn size(bytes: u64) -> u64 {
+    bytes.max(MIN_BYTES)
+}
+
 /// Makes a scratch disk of `bytes` at `path`; from a template in `templates`, where that is named.
 pub async fn create(templates: Option<PathBuf>, path: PathBuf, bytes: u64) -> io::Result<()> {
-    let bytes = bytes.max(MIN_BYTES);
+    let bytes = size(bytes);
     tokio::task::spawn_blocking(move || match templates {
         Some(dir) => copy_sparse(&template(&dir, bytes)?, &path),
         None => {

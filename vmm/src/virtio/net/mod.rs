@@ -72,6 +72,22 @@ impl Net {
     /// # Errors
     /// [`NetError`] where the descriptor is not such a tap, or the address or MTU is not good.
     pub fn new(tap: OwnedFd, mac: [u8; 6], mtu: u16) -> Result<Self, NetError> {
+        Self::with(Tap::new(tap)?, mac, mtu)
+    }
+
+    /// A device of a template, on a socket that carries nothing: its clones have a tap in this place.
+    ///
+    /// # Errors
+    /// [`NetError`] where the address or MTU is not good.
+    pub fn unplugged(socket: OwnedFd, mac: [u8; 6], mtu: u16) -> Result<Self, NetError> {
+        let tap = Tap::from_socket(socket, false).map_err(|source| NetError::Tap {
+            what: "non-blocking mode",
+            source,
+        })?;
+        Self::with(tap, mac, mtu)
+    }
+
+    fn with(tap: Tap, mac: [u8; 6], mtu: u16) -> Result<Self, NetError> {
         if mtu < 68 {
             return Err(NetError::Mtu(mtu));
         }
@@ -83,7 +99,7 @@ impl Net {
             mtu,
             link: Arc::new(AtomicBool::new(true)),
             limit: RateLimit::default(),
-            service: Service::new(Kind::Net, DEVICE, Tap::new(tap)?),
+            service: Service::new(Kind::Net, DEVICE, tap),
         })
     }
 

@@ -154,7 +154,7 @@ fn run(data: &[u8], hostile: bool) {
     let (guest, [receive, transmit, _event]) =
         Guest::new(NAME, event_index, QUEUE_SIZES, &mut input);
     let requests = Requests::new().expect("an eventfd");
-    let muxer = Muxer::new(CID, None, Arc::clone(&requests), Arc::new(|| {})).expect("a timer");
+    let muxer = Muxer::new(CID, None, Arc::clone(&requests), Arc::new(|_| {})).expect("a timer");
     let again = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).expect("an eventfd");
     let mut device = Fuzzed {
         handler: VsockHandler::new(guest.memory.clone(), receive, transmit, again, muxer),

@@ -3,8 +3,8 @@
 //! Only the host opens connections: through a listening unix socket on which a client says
 //! `CONNECT <port>\n` and hears `OK <host port>\n`, as Firecracker's users know it, or from inside this
 //! process through a [`VsockConnector`]. Of what the guest opens, a connection to
-//! [`READY_PORT`](caisson_vmm_protocol::READY_PORT) counts as the message that its agent listens; it is
-//! refused as all others are.
+//! [`READY_PORT`](caisson_vmm_protocol::READY_PORT) or [`SETTLED_PORT`](caisson_vmm_protocol::SETTLED_PORT) counts as a
+//! message ([`Knock`]); it is refused as all others are.
 //!
 //! One worker serves the queues and all connections, and never waits for any of them: every socket is
 //! non-blocking, and each direction has the credit that §5.10.6.3 describes.
@@ -38,7 +38,7 @@ use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 pub use connector::VsockConnector;
-pub use muxer::{MAX_CONNECTIONS, ReadyCallback};
+pub use muxer::{Knock, KnockCallback, MAX_CONNECTIONS};
 
 use connector::Requests;
 use handler::VsockHandler;
@@ -81,21 +81,20 @@ pub struct Vsock {
 
 impl Vsock {
     /// A device for a guest with this context ID. Clients come through `listener`, a listening unix stream
-    /// socket. `ready` is called once, on the device's worker, when the guest connects to
-    /// [`READY_PORT`](caisson_vmm_protocol::READY_PORT).
+    /// socket. `knocked` is called on the device's worker, once for each [`Knock`].
     ///
     /// # Errors
     /// [`VsockError`].
     pub fn new(
         cid: u32,
         listener: Option<OwnedFd>,
-        ready: ReadyCallback,
+        knocked: KnockCallback,
     ) -> Result<Self, VsockError> {
         if cid < FIRST_CID || cid == u32::MAX {
             return Err(VsockError::BadCid(cid));
         }
         let requests = Requests::new()?;
-        let muxer = Muxer::new(cid, listener, Arc::clone(&requests), ready)?;
+        let muxer = Muxer::new(cid, listener, Arc::clone(&requests), knocked)?;
         Ok(Self {
             cid,
             requests,

@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use caisson_vmm_protocol::READY_PORT;
+use caisson_vmm_protocol::{READY_PORT, SETTLED_PORT};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::timerfd::TimerFd;
@@ -43,15 +43,25 @@ const HANDSHAKE: u64 = 4 << 40;
 const CONNECTION: u64 = 5 << 40;
 const KIND: u64 = !((1 << 40) - 1);
 
-/// Called when the guest connects to [`READY_PORT`].
-pub type ReadyCallback = Arc<dyn Fn() + Send + Sync>;
+/// What the guest can say by a connection that is refused.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Knock {
+    /// Its agent listens: [`READY_PORT`].
+    Ready,
+    /// Its start is over: [`SETTLED_PORT`].
+    Settled,
+}
+
+/// Called when the guest says something for the first time.
+pub type KnockCallback = Arc<dyn Fn(Knock) + Send + Sync>;
 
 /// The connections of a guest.
 pub struct Muxer {
     guest_cid: u64,
     listener: Option<UnixListener>,
     requests: Arc<Requests>,
-    ready: Option<ReadyCallback>,
+    knocked: KnockCallback,
+    heard: Vec<Knock>,
     timer: TimerFd,
     timer_runs: bool,
     /// Not accepting until the timer's next tick: the process has no descriptor left.
@@ -74,7 +84,7 @@ impl Muxer {
         guest_cid: u32,
         listener: Option<OwnedFd>,
         requests: Arc<Requests>,
-        ready: ReadyCallback,
+        knocked: KnockCallback,
     ) -> io::Result<Self> {
         let listener = listener.map(UnixListener::from);
         if let Some(listener) = &listener {
@@ -84,7 +94,8 @@ impl Muxer {
             guest_cid: guest_cid.into(),
             listener,
             requests,
-            ready: Some(ready),
+            knocked,
+            heard: Vec::new(),
             timer: TimerFd::new().map_err(io::Error::from)?,
             timer_runs: false,
             listener_rests: false,
@@ -317,11 +328,19 @@ impl Muxer {
         if header.op == op::RST {
             return;
         }
-        if header.op == op::REQUEST && header.dst_port == READY_PORT && header.kind == TYPE_STREAM {
+        let knock = match header.dst_port {
+            READY_PORT => Some(Knock::Ready),
+            SETTLED_PORT => Some(Knock::Settled),
+            _ => None,
+        };
+        if let Some(knock) = knock
+            && header.op == op::REQUEST
+            && header.kind == TYPE_STREAM
             // Once: a guest that says it again and again tells nothing new.
-            if let Some(ready) = self.ready.take() {
-                ready();
-            }
+            && !self.heard.contains(&knock)
+        {
+            self.heard.push(knock);
+            (self.knocked)(knock);
         }
         if self.replies.len() < MAX_REPLIES {
             self.replies.push_back(header.reset());

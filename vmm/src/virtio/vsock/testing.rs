@@ -56,7 +56,7 @@ impl Guest {
         let thread = Arc::new(AtomicI32::new(0));
         let ready = {
             let (readies, thread) = (Arc::clone(&readies), Arc::clone(&thread));
-            Arc::new(move || {
+            Arc::new(move |_| {
                 thread.store(nix::unistd::gettid().as_raw(), Ordering::SeqCst);
                 readies.fetch_add(1, Ordering::SeqCst);
             })

@@ -5,7 +5,7 @@ use std::net::Shutdown;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use caisson_vmm_protocol::READY_PORT;
+use caisson_vmm_protocol::{READY_PORT, SETTLED_PORT};
 
 use super::packet::{Header, MAX_PAYLOAD, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, op};
 use super::testing::{CID, Guest, LONG, MOMENT, Peer, noise, read_all};
@@ -20,7 +20,7 @@ fn the_device_says_who_the_guest_is() {
     guest.device.read_config(0, &mut cid);
     assert_eq!(cid, [CID as u8, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
     for cid in [0, 2, u32::MAX] {
-        let made = Vsock::new(cid, None, std::sync::Arc::new(|| ()));
+        let made = Vsock::new(cid, None, std::sync::Arc::new(|_| ()));
         assert!(matches!(made, Err(VsockError::BadCid(c)) if c == cid));
     }
 }
@@ -148,9 +148,18 @@ fn a_caller_that_has_gone_is_not_connected() {
 }
 
 #[test]
-fn the_guest_can_only_say_that_it_is_ready() {
+fn the_guest_can_only_say_that_it_is_ready_and_settled() {
     let guest = Guest::awake();
-    for (port, readies) in [(1024, 0), (READY_PORT, 1), (READY_PORT, 1), (0, 1)] {
+    let said = [
+        (1024, 0),
+        (READY_PORT, 1),
+        (READY_PORT, 1),
+        (0, 1),
+        (SETTLED_PORT, 2),
+        (READY_PORT, 2),
+        (SETTLED_PORT, 2),
+    ];
+    for (port, readies) in said {
         let peer = Peer::new(&guest, port, 5555);
         peer.say(op::REQUEST, 0);
         let (reset, _) = guest.expect(op::RST);
