@@ -131,32 +131,51 @@ impl Client {
 
     /// The container that a person means by a name, an ID, or the beginning of an ID.
     pub async fn find(&self, meant: &str) -> Result<cri::Container, CliError> {
-        let all = self
-            .runtime
-            .clone()
-            .list_containers(cri::ListContainersRequest { filter: None })
-            .await?
-            .into_inner()
-            .containers;
+        let request = cri::ListContainersRequest { filter: None };
+        let answer = self.runtime.clone().list_containers(request).await?;
+        let all = answer.into_inner().containers;
         let name = |c: &cri::Container| c.metadata.as_ref().map(|m| m.name.clone());
-        let mut exact: Vec<_> = all
-            .iter()
-            .filter(|c| c.id == meant || name(c).as_deref() == Some(meant))
-            .collect();
-        if exact.is_empty() && !meant.is_empty() {
-            exact = all.iter().filter(|c| c.id.starts_with(meant)).collect();
-        }
-        match exact.as_slice() {
-            [one] => Ok((*one).clone()),
-            [] => Err(CliError::Usage(format!(
+        let found = choose(all, meant, "containers", |c| (c.id.clone(), name(c)))?;
+        found.ok_or_else(|| {
+            CliError::Usage(format!(
                 "there is no container {meant:?}; `caisson ps -a` lists all"
-            ))),
-            many => Err(CliError::Usage(format!(
-                "{meant:?} can be any of {} containers; give more of the ID, such as {}",
-                many.len(),
-                short(&many[0].id)
-            ))),
-        }
+            ))
+        })
+    }
+
+    /// The ID of the pod that a person means by a name, an ID, or the beginning of an ID; `None`: there is none.
+    pub async fn find_pod(&self, meant: &str) -> Result<Option<String>, CliError> {
+        let request = cri::ListPodSandboxRequest { filter: None };
+        let answer = self.runtime.clone().list_pod_sandbox(request).await?;
+        let all = answer.into_inner().items;
+        let name = |p: &cri::PodSandbox| p.metadata.as_ref().map(|m| m.name.clone());
+        let found = choose(all, meant, "pods", |p| (p.id.clone(), name(p)))?;
+        Ok(found.map(|pod| pod.id))
+    }
+}
+
+/// The one that is meant; `known` tells the ID and the name of each.
+fn choose<T>(
+    all: Vec<T>,
+    meant: &str,
+    what: &str,
+    known: impl Fn(&T) -> (String, Option<String>),
+) -> Result<Option<T>, CliError> {
+    let (mut found, rest): (Vec<T>, Vec<T>) = all.into_iter().partition(|one| {
+        let (id, name) = known(one);
+        id == meant || name.as_deref() == Some(meant)
+    });
+    if found.is_empty() && !meant.is_empty() {
+        let begins = |one: &T| known(one).0.starts_with(meant);
+        found = rest.into_iter().filter(begins).collect();
+    }
+    match found.as_slice() {
+        [] | [_] => Ok(found.pop()),
+        [first, ..] => Err(CliError::Usage(format!(
+            "{meant:?} can be any of {} {what}; give more of the ID, such as {}",
+            found.len(),
+            short(&known(first).0)
+        ))),
     }
 }
 

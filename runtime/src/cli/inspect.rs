@@ -23,7 +23,7 @@ pub struct InspectArgs {
 pub async fn inspect(client: &Client, args: InspectArgs) -> Result<ExitCode, CliError> {
     let mut all = Vec::new();
     for meant in &args.names {
-        let info = match find_pod(client, meant).await? {
+        let info = match client.find_pod(meant).await? {
             Some(pod) => pod_info(client, pod).await?,
             None => match client.find(meant).await {
                 Ok(container) => container_info(client, container.id).await?,
@@ -40,7 +40,7 @@ pub async fn inspect(client: &Client, args: InspectArgs) -> Result<ExitCode, Cli
 
 /// Says how the process of a pod is confined, or of the pod of a container.
 pub async fn doctor(client: &Client, meant: &str) -> Result<ExitCode, CliError> {
-    let pod = match find_pod(client, meant).await? {
+    let pod = match client.find_pod(meant).await? {
         Some(pod) => pod,
         None => client.find(meant).await?.pod_sandbox_id,
     };
@@ -51,29 +51,6 @@ pub async fn doctor(client: &Client, meant: &str) -> Result<ExitCode, CliError> 
         Some(found) => Ok(doctor::pod::doctor(&found)),
         None => Err(CliError::Usage(format!(
             "the pod {meant:?} has no process; only a pod that runs can be looked at"
-        ))),
-    }
-}
-
-/// The pod that a person means by its name, its ID, or the beginning of its ID.
-async fn find_pod(client: &Client, meant: &str) -> Result<Option<String>, CliError> {
-    let request = cri::ListPodSandboxRequest { filter: None };
-    let mut runtime = client.runtime.clone();
-    let all = runtime.list_pod_sandbox(request).await?.into_inner().items;
-    let name = |pod: &cri::PodSandbox| pod.metadata.as_ref().map(|m| m.name.clone());
-    let mut found: Vec<_> = all
-        .iter()
-        .filter(|pod| pod.id == meant || name(pod).as_deref() == Some(meant))
-        .collect();
-    if found.is_empty() && !meant.is_empty() {
-        found = all.iter().filter(|p| p.id.starts_with(meant)).collect();
-    }
-    match found.as_slice() {
-        [] => Ok(None),
-        [one] => Ok(Some(one.id.clone())),
-        many => Err(CliError::Usage(format!(
-            "{meant:?} can be any of {} pods; give an ID",
-            many.len()
         ))),
     }
 }

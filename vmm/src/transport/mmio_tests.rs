@@ -367,3 +367,49 @@ fn accesses_of_odd_width_or_place_do_nothing() {
     driver.transport.read(0xfff, &mut data);
     assert_eq!(data, [0; 8]);
 }
+
+#[test]
+fn a_clones_device_goes_on_where_its_templates_was() {
+    let template = Driver::active(FEATURES);
+    template.transport.interrupt.queue(0).unwrap();
+    // The device has served 5 of queue 0, and the second queue's index has gone round.
+    let memory = template.transport.memory.memory();
+    let set = |at, used: u16| memory.write_obj(used.to_le(), GuestAddress(at)).unwrap();
+    set(template.transport.slots[0].said.device + 2, 5);
+    set(template.transport.slots[1].said.device + 2, 0xfff0);
+    let saved = serde_json::to_string(&template.transport.save()).unwrap();
+
+    let mut clone = Driver::new(false);
+    clone.transport.memory = template.transport.memory.clone();
+    let state = serde_json::from_str(&saved).unwrap();
+    clone.transport.restore(&state).unwrap();
+    assert_eq!(clone.activations(), 1);
+    let activation = clone.seen.last.lock().unwrap().take().unwrap();
+    assert_eq!(activation.features, FEATURES);
+    for (queue, used) in activation.queues.iter().zip([5, 0xfff0]) {
+        assert_eq!(
+            (queue.queue.next_avail(), queue.queue.next_used()),
+            (used, used)
+        );
+    }
+    for register in [reg::VIRTIO_MMIO_STATUS, reg::VIRTIO_MMIO_INTERRUPT_STATUS] {
+        assert_eq!(clone.read(register), template.read(register));
+    }
+    assert_eq!(clone.read(reg::VIRTIO_MMIO_INTERRUPT_STATUS), 1);
+
+    // A device that was not in use is not, and one that is another is refused.
+    let idle = Driver::new(false).transport.save();
+    let mut clone = Driver::new(false);
+    clone.transport.restore(&idle).unwrap();
+    assert_eq!(clone.activations(), 0);
+    let other = saved.replace("\"device\":42", "\"device\":1");
+    let other = serde_json::from_str(&other).unwrap();
+    let error = clone.transport.restore(&other).unwrap_err();
+    assert!(error.contains("type 1"), "{error}");
+    let more = saved.replace(
+        &format!("\"driver_features\":{FEATURES}"),
+        "\"driver_features\":255",
+    );
+    let more = serde_json::from_str(&more).unwrap();
+    assert!(clone.transport.restore(&more).is_err());
+}

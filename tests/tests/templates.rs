@@ -1,0 +1,197 @@
+//! Pods that are clones of a template: the same kernel in the same memory, and nothing else in common.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::PathBuf;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use caisson_tests::{Container, Node, NodeOptions, Pod, PodOptions};
+
+const WAIT: Duration = Duration::from_secs(120);
+const SLEEP: &str = "trap 'exit 0' TERM; sleep 100000 & wait";
+
+async fn node() -> Option<Node> {
+    let options = NodeOptions {
+        microvm: "templates = true".into(),
+        ..NodeOptions::default()
+    };
+    Node::start_with(options).await
+}
+
+/// The directories of the templates that are there.
+fn templates(node: &Node) -> Vec<PathBuf> {
+    let entries = fs::read_dir(node.state().join("templates"));
+    let paths = entries
+        .into_iter()
+        .flatten()
+        .map(|entry| entry.unwrap().path());
+    paths
+        .filter(|path| path.join("state").exists() && !is_new(path))
+        .collect()
+}
+
+fn is_new(path: &std::path::Path) -> bool {
+    path.file_name()
+        .unwrap()
+        .to_string_lossy()
+        .starts_with("new-")
+}
+
+async fn wait_for_templates(node: &Node, count: usize) {
+    let deadline = Instant::now() + WAIT;
+    while templates(node).len() < count {
+        assert!(
+            Instant::now() < deadline,
+            "no template: {}",
+            node.daemon_log()
+        );
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// Whether the pod is a clone, as its timeline says.
+fn is_clone(node: &Node, pod: &Pod) -> bool {
+    let output = node.caisson(&["timeline", &pod.id]);
+    assert!(output.status.success(), "{output:?}");
+    let steps = String::from_utf8_lossy(&output.stdout).into_owned();
+    let (resumed, booted) = (steps.contains("resume guest"), steps.contains("boot guest"));
+    assert!(resumed != booted, "{steps}");
+    resumed
+}
+
+async fn sleeper(node: &Node, pod: &Pod) -> Container {
+    node.run(pod, "c", SLEEP).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clones_have_nothing_in_common_that_is_a_secret() {
+    let Some(node) = node().await else { return };
+    wait_for_templates(&node, 1).await;
+    let mut facts: Vec<BTreeSet<String>> = Vec::new();
+    for name in ["one", "two", "three"] {
+        let pod = node.pod(name).await;
+        assert!(is_clone(&node, &pod), "{}", node.daemon_log());
+        let container = sleeper(&node, &pod).await;
+        // What a guest would be told apart by, and what keys are made of. AT_RANDOM and the places of the stack, the heap and
+        // the libraries are of a new process.
+        let script = "cat /proc/sys/kernel/random/boot_id; cat /proc/sys/kernel/random/uuid; \
+            head -c 16 /dev/urandom | od -An -tx1; \
+            sed -n 's/-.*\\[stack\\]/ stack/p;s/-.*\\[heap\\]/ heap/p' /proc/self/maps; \
+            od -An -tx8 /proc/self/auxv; cat /sys/class/net/eth0/address; hostname";
+        let said = node.says(&container, script).await;
+        let lines: BTreeSet<String> = said.lines().map(|line| line.trim().to_owned()).collect();
+        assert!(said.contains(name), "the hostname: {said}");
+        facts.push(lines);
+
+        let now = node.says(&container, "date +%s").await;
+        let now: i64 = now.trim().parse().unwrap();
+        let host = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap()
+            .as_secs();
+        assert!(
+            (host as i64 - now).abs() <= 5,
+            "{now} in the pod, {host} here"
+        );
+        let status = node.pod_status(&pod).await.unwrap();
+        let ip = status.network.unwrap().ip;
+        let shown = node.says(&container, "ip addr show eth0").await;
+        assert!(shown.contains(&format!("{ip}/")), "{ip}: {shown}");
+        // The gateway is the host: frames go both ways, so the pod's MAC is the one that CNI gave it.
+        let gateway = format!("{}.1", ip.rsplit_once('.').unwrap().0);
+        node.says(&container, &format!("ping -c 1 -W 20 {gateway}"))
+            .await;
+    }
+    // What is the same in two of them is no secret: auxiliary values of the kernel's own, such as page and clock sizes.
+    for (a, b) in [(0, 1), (0, 2), (1, 2)] {
+        let both: Vec<_> = facts[a].intersection(&facts[b]).collect();
+        let secret = |line: &&&String| {
+            line.contains('-')
+                || line.split(' ').count() == 16
+                || line.ends_with("stack")
+                || line.ends_with("heap")
+        };
+        assert_eq!(both.iter().filter(secret).count(), 0, "{both:#?}");
+        assert!(facts[a].len() >= 8, "{:#?}", facts[a]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clone_is_a_pod_like_any_other() {
+    let Some(node) = node().await else { return };
+    wait_for_templates(&node, 1).await;
+    let pod = node.pod("clone").await;
+    assert!(is_clone(&node, &pod), "{}", node.daemon_log());
+    let container = sleeper(&node, &pod).await;
+    // More memory than the template has ever touched, and more than its page cache; then a disk that remembers.
+    let script = "head -c 100000000 /dev/urandom >/tmp/a && cp /tmp/a /tmp/b && sync && \
+        echo 3 >/proc/sys/vm/drop_caches 2>/dev/null; cmp /tmp/a /tmp/b && echo same";
+    assert_eq!(node.says(&container, script).await.trim(), "same");
+    let other = node.run(&pod, "d", "echo out; echo err >&2; exit 7").await;
+    assert_eq!(node.ended(&other).await.exit_code, 7);
+    // The template is as it was: the next clone begins as this one did.
+    let next = node.pod("next").await;
+    assert!(is_clone(&node, &next), "{}", node.daemon_log());
+    let fresh = sleeper(&node, &next).await;
+    assert_eq!(node.says(&fresh, "ls /tmp | wc -l").await.trim(), "0");
+    node.remove(&pod).await;
+    node.says(&fresh, "echo 3").await;
+    node.remove(&next).await;
+    node.assert_nothing_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shape_has_its_own_template_from_the_second_time_on() {
+    let Some(node) = node().await else { return };
+    wait_for_templates(&node, 1).await;
+    let shape = || PodOptions {
+        millicpus: 2000,
+        memory: 160 << 20,
+        ..PodOptions::default()
+    };
+    for name in ["first", "second"] {
+        let pod = node.pod_with(name, shape()).await.unwrap();
+        assert!(!is_clone(&node, &pod));
+        node.remove(&pod).await;
+    }
+    wait_for_templates(&node, 2).await;
+    let pod = node.pod_with("third", shape()).await.unwrap();
+    assert!(is_clone(&node, &pod), "{}", node.daemon_log());
+    let container = sleeper(&node, &pod).await;
+    assert_eq!(node.says(&container, "nproc").await.trim(), "2");
+    // Both processors work.
+    let script = "for i in 1 2; do (i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; echo done) & done; wait";
+    assert_eq!(
+        node.says(&container, script).await.matches("done").count(),
+        2
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_template_that_is_damaged_costs_a_boot_and_no_more() {
+    let Some(mut node) = node().await else { return };
+    wait_for_templates(&node, 1).await;
+    let state = templates(&node)[0].join("state");
+    let text = fs::read(&state).unwrap();
+    fs::write(&state, &text[..text.len() / 2]).unwrap();
+    let pod = node.pod("pod").await;
+    assert!(!is_clone(&node, &pod));
+    assert_eq!(templates(&node), Vec::<PathBuf>::new());
+    node.remove(&pod).await;
+
+    // A daemon that dies while it makes one leaves a machine behind, which the next one takes back; and it makes its own.
+    node.restart_after(|_| ()).await;
+    let deadline = Instant::now() + WAIT;
+    let making = node.state().join("templates/pods");
+    while fs::read_dir(&making).map_or(0, Iterator::count) == 0 {
+        assert!(Instant::now() < deadline, "{}", node.daemon_log());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    node.restart().await;
+    wait_for_templates(&node, 1).await;
+    let pod = node.pod("pod").await;
+    assert!(is_clone(&node, &pod), "{}", node.daemon_log());
+    node.remove(&pod).await;
+    node.assert_nothing_left().await;
+    assert_eq!(fs::read_dir(&making).unwrap().count(), 0);
+}
