@@ -71,6 +71,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         share: None,
         vsock: None,
         jail: None,
+        template: None,
     };
     let raw: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
     let mut channel = Channel::new(ours);
