@@ -75,6 +75,8 @@ async fn a_full_log_disk_holds_back_whoever_writes_and_nobody_else() {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     assert!(node.daemon_log().contains(&writer.id));
+    let running = node.status(&writer).await;
+    assert!(running.message.contains("No space left"), "{running:?}");
     // Another container of the same pod, whose log is as full, is of use all the same.
     let other = node.run(&pod, "other", SLEEP).await;
     assert_eq!(node.says(&other, "echo here").await, "here");

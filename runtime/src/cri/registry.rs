@@ -187,6 +187,11 @@ impl Container {
         lock(&self.record).clone()
     }
 
+    /// Why its log cannot be written at this moment, if so.
+    pub fn log_failure(&self) -> Option<String> {
+        self.pod.sandbox()?.pod().control.log_failure(&self.id)
+    }
+
     /// Its state.
     pub fn state(&self) -> ContainerState {
         lock(&self.record).state

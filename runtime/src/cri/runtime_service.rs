@@ -229,7 +229,7 @@ impl RuntimeService for Service {
         let request = request.get_ref();
         let container = self.context.registry.container(&request.container_id)?;
         ok(cri::ContainerStatusResponse {
-            status: Some(containers::status(&container.record())),
+            status: Some(containers::status(&container)),
             info: if request.verbose {
                 containers::verbose(&container)
             } else {

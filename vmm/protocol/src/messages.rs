@@ -345,13 +345,18 @@ pub enum Event {
         /// The container.
         container_id: String,
     },
-    /// A container's log could not be written; output of that container is held back until
-    /// [`Request::ReopenLog`] or removal.
+    /// A container's log could not be written; output of that container is held back until there is room,
+    /// [`Request::ReopenLog`], or removal.
     LogFailed {
         /// The container.
         container_id: String,
         /// What failed, in one sentence.
         message: String,
+    },
+    /// A log that could not be written is written again: there is room, or another file.
+    LogRecovered {
+        /// The container.
+        container_id: String,
     },
     /// The machine ended. The last event.
     Exited(ExitReason),

@@ -1,5 +1,6 @@
 //! What watchers hear.
 
+use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -12,6 +13,8 @@ const BACKLOG: usize = 1024;
 struct Hub {
     agent_ready: bool,
     drained: Vec<String>,
+    /// Containers whose logs cannot be written, and why.
+    failed: BTreeMap<String, String>,
     exited: Option<ExitReason>,
     watchers: Vec<SyncSender<Event>>,
 }
@@ -33,7 +36,15 @@ impl Events {
             Event::AgentReady => hub.agent_ready = true,
             Event::LogDrained { container_id } => hub.drained.push(container_id.clone()),
             Event::Exited(reason) => hub.exited = Some(reason.clone()),
-            Event::LogFailed { .. } => {}
+            Event::LogFailed {
+                container_id,
+                message,
+            } => {
+                hub.failed.insert(container_id.clone(), message.clone());
+            }
+            Event::LogRecovered { container_id } => {
+                hub.failed.remove(container_id);
+            }
         }
         let last = hub.exited.is_some();
         hub.watchers
@@ -43,9 +54,11 @@ impl Events {
         }
     }
 
-    /// A container's log begins anew: that an earlier one was drained holds no longer.
-    pub fn forget_drained(&self, container_id: &str) {
-        self.lock().drained.retain(|id| id != container_id);
+    /// A container's log begins anew: what was known of an earlier one holds no longer.
+    pub fn forget_log(&self, container_id: &str) {
+        let mut hub = self.lock();
+        hub.drained.retain(|id| id != container_id);
+        hub.failed.remove(container_id);
     }
 
     /// Whether the agent has said that it listens.
@@ -56,13 +69,17 @@ impl Events {
     /// The facts that hold, then everything that happens.
     pub fn watch(&self) -> Receiver<Event> {
         let mut hub = self.lock();
-        let (sender, receiver) = sync_channel(BACKLOG + hub.drained.len());
+        let (sender, receiver) = sync_channel(BACKLOG + hub.drained.len() + hub.failed.len());
         let ready = hub.agent_ready.then_some(Event::AgentReady);
         let drained = hub.drained.iter().map(|id| Event::LogDrained {
             container_id: id.clone(),
         });
+        let failed = hub.failed.iter().map(|(id, message)| Event::LogFailed {
+            container_id: id.clone(),
+            message: message.clone(),
+        });
         let exited = hub.exited.clone().map(Event::Exited);
-        for fact in ready.into_iter().chain(drained).chain(exited) {
+        for fact in ready.into_iter().chain(drained).chain(failed).chain(exited) {
             // There is room: see the channel's size.
             let _ = sender.try_send(fact);
         }
@@ -91,7 +108,16 @@ mod tests {
         events.publish(Event::AgentReady);
         events.publish(drained("a"));
         events.publish(drained("b"));
-        events.forget_drained("a");
+        events.forget_log("a");
+        let failed = |id: &str| Event::LogFailed {
+            container_id: id.into(),
+            message: "full".into(),
+        };
+        events.publish(failed("c"));
+        events.publish(failed("d"));
+        events.publish(Event::LogRecovered {
+            container_id: "c".into(),
+        });
         events.publish(Event::Exited(ExitReason::PoweredOff));
         let exited = Event::Exited(ExitReason::PoweredOff);
         assert_eq!(
@@ -100,11 +126,16 @@ mod tests {
                 Event::AgentReady,
                 drained("a"),
                 drained("b"),
+                failed("c"),
+                failed("d"),
+                Event::LogRecovered {
+                    container_id: "c".into()
+                },
                 exited.clone()
             ]
         );
         let late: Vec<_> = events.watch().iter().collect();
-        assert_eq!(late, [Event::AgentReady, drained("b"), exited]);
+        assert_eq!(late, [Event::AgentReady, drained("b"), failed("d"), exited]);
     }
 
     #[test]

@@ -219,7 +219,7 @@ impl Control {
             Request::Shutdown => self.shut_down()?,
             Request::AddLog(log) => {
                 let logs = self.logs()?;
-                self.events.forget_drained(&log.container_id);
+                self.events.forget_log(&log.container_id);
                 logs.add(NewLog {
                     file: take(&mut frame, log.file)?,
                     stdout: take(&mut frame, log.stdout)?,
@@ -233,7 +233,7 @@ impl Control {
             }
             Request::RemoveLog { container_id } => {
                 self.logs()?.remove(&container_id);
-                self.events.forget_drained(&container_id);
+                self.events.forget_log(&container_id);
             }
             Request::Attach {
                 container_id,

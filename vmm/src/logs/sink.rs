@@ -58,8 +58,9 @@ impl Sink {
     }
 
     /// Writes whole lines, not mixed with those of another writer. While they cannot be written it waits and
-    /// tries again, until there is room or another file; `failed` is told why once for each such wait.
-    pub fn write(&self, lines: &[u8], failed: &dyn Fn(&io::Error)) {
+    /// tries again, until there is room or another file; `failing` is told why once for each such wait, and `None` when
+    /// it is over.
+    pub fn write(&self, lines: &[u8], failing: &dyn Fn(Option<&io::Error>)) {
         let mut state = self.lock();
         while state.busy {
             state = self
@@ -69,14 +70,14 @@ impl Sink {
         }
         state.busy = true;
         let mut done = 0;
-        let mut told = false;
+        let (mut told, mut over) = (false, false);
         while done < lines.len() {
             let Some(file) = &mut state.file else { break };
             let error = match file.write(&lines[done..]) {
                 Ok(0) => io::ErrorKind::WriteZero.into(),
                 Ok(n) => {
                     done += n;
-                    told = false;
+                    over |= std::mem::take(&mut told);
                     continue;
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
@@ -91,7 +92,7 @@ impl Sink {
             if !std::mem::replace(&mut told, true) {
                 // Without the lock: whoever is told may be waiting for it.
                 drop(state);
-                failed(&error);
+                failing(Some(&error));
                 state = self.lock();
             }
             if state.generation == generation && !state.abandoned {
@@ -104,12 +105,15 @@ impl Sink {
             if state.generation != generation {
                 // The new file gets the line that was torn as a whole.
                 done = begin;
-                told = false;
+                over |= std::mem::take(&mut told);
             }
         }
         state.torn = 0;
         state.busy = false;
         drop(state);
+        if over {
+            failing(None);
+        }
         self.changed.notify_all();
     }
 
@@ -181,7 +185,7 @@ mod tests {
     fn lines_go_to_the_end_of_the_file_of_the_day() {
         let (first, fd) = file();
         let sink = Sink::new(Some(fd)).unwrap();
-        let never = |e: &io::Error| panic!("{e}");
+        let never = |e: Option<&io::Error>| panic!("{e:?}");
         sink.write(b"a\n", &never);
         std::fs::write(first.path(), "x\n").unwrap();
         sink.write(b"b\n", &never);
@@ -203,7 +207,9 @@ mod tests {
         let writer = {
             let sink = Arc::clone(&sink);
             std::thread::spawn(move || {
-                sink.write(b"one\ntwo\n", &|e| told.send(e.raw_os_error()).unwrap());
+                sink.write(b"one\ntwo\n", &|e| {
+                    told.send(e.and_then(io::Error::raw_os_error)).unwrap()
+                });
             })
         };
         assert_eq!(failures.recv().unwrap(), Some(libc::ENOSPC));
@@ -213,6 +219,7 @@ mod tests {
         sink.reopen(fd).unwrap();
         writer.join().unwrap();
         assert_eq!(text(&next), "one\ntwo\n");
+        assert_eq!(failures.recv().unwrap(), None, "it is over");
     }
 
     #[test]

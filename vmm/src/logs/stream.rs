@@ -189,12 +189,15 @@ impl Log {
 
     fn write(&self, lines: &mut Vec<u8>) {
         self.sink.write(lines, &|error| {
-            (self.events)(Event::LogFailed {
-                container_id: self.id.clone(),
-                message: format!(
-                    "the log of container {} could not be written: {error}; make room or reopen it",
-                    self.id
-                ),
+            let container_id = self.id.clone();
+            (self.events)(match error {
+                Some(error) => Event::LogFailed {
+                    message: format!(
+                        "the log of container {container_id} could not be written: {error}; make room or reopen it"
+                    ),
+                    container_id,
+                },
+                None => Event::LogRecovered { container_id },
             });
         });
         lines.clear();

@@ -245,6 +245,10 @@ fn a_full_disk_holds_output_back_until_there_is_another_file() {
     assert!(pod.events.recv_timeout(MOMENT).is_err());
     let (file, fd) = log_file();
     pod.logs.reopen("c1", fd.unwrap()).unwrap();
+    let over = Event::LogRecovered {
+        container_id: "c1".into(),
+    };
+    assert_eq!(pod.event(), over);
     assert_eq!(pod.event(), drained("c1"));
     let log = std::fs::read(file.path()).unwrap();
     assert_eq!(parse(&log), (b"kept\n".to_vec(), b"also kept\n".to_vec()));

@@ -52,8 +52,13 @@ pub fn item(record: &ContainerRecord) -> cri::Container {
     }
 }
 
-/// A container in full.
-pub fn status(record: &ContainerRecord) -> cri::ContainerStatus {
+/// A container in full. While it runs it has no message but that its output is held back.
+pub fn status(container: &Container) -> cri::ContainerStatus {
+    let record = &*container.record();
+    let message = match record.state {
+        ContainerState::Running => container.log_failure(),
+        _ => None,
+    };
     let config = &record.config.0;
     cri::ContainerStatus {
         id: record.id.clone(),
@@ -66,7 +71,7 @@ pub fn status(record: &ContainerRecord) -> cri::ContainerStatus {
         image: config.image.clone(),
         image_ref: record.image_ref.clone(),
         reason: record.reason.clone(),
-        message: record.message.clone(),
+        message: message.unwrap_or_else(|| record.message.clone()),
         labels: config.labels.clone(),
         annotations: config.annotations.clone(),
         mounts: config.mounts.clone(),

@@ -62,7 +62,7 @@ fn containers_statuses(context: &Context, pod: &Pod) -> Vec<cri::ContainerStatus
     containers
         .iter()
         .filter(|container| containers::is_visible(container.state()))
-        .map(|container| containers::status(&container.record()))
+        .map(|container| containers::status(container))
         .collect()
 }
 

@@ -1,6 +1,6 @@
 //! The daemon's side of a pod process's control socket.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -26,8 +26,10 @@ const WATCH_AGAIN: Duration = Duration::from_millis(100);
 const STATUS: Request = Request::Status {
     version: PROTOCOL_VERSION,
 };
-/// The most containers whose drained logs are remembered.
+/// The most containers whose drained logs are remembered, and whose logs cannot be written.
 const MAX_DRAINED: usize = 4096;
+/// The most characters of why.
+const MAX_MESSAGE: usize = 512;
 
 /// Why the pod process did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +57,7 @@ pub struct Control {
     socket: PathBuf,
     ready: watch::Receiver<bool>,
     drained: watch::Receiver<BTreeSet<String>>,
+    failing: watch::Receiver<BTreeMap<String, String>>,
     ended: watch::Sender<Option<ExitReason>>,
 }
 
@@ -64,11 +67,13 @@ impl Control {
     pub async fn watch(id: &str, dir: &PodDir) -> Self {
         let (ready_in, ready) = watch::channel(false);
         let (drained_in, drained) = watch::channel(BTreeSet::new());
+        let (failing_in, failing) = watch::channel(BTreeMap::new());
         let ended = watch::Sender::new(None);
         let facts = Facts {
             id: id.to_owned(),
             ready: ready_in,
             drained: drained_in,
+            failing: failing_in,
         };
         let (tell, tried) = oneshot::channel::<()>();
         let (watched, note) = (dir.clone(), ended.clone());
@@ -84,6 +89,7 @@ impl Control {
             socket: dir.control(),
             ready,
             drained,
+            failing,
             ended,
         }
     }
@@ -113,6 +119,11 @@ impl Control {
         let mut drained = self.drained.clone();
         let wait = drained.wait_for(|set| set.contains(container_id));
         matches!(tokio::time::timeout(limit, wait).await, Ok(Ok(_)))
+    }
+
+    /// Why a container's log cannot be written at this moment, if so.
+    pub fn log_failure(&self, container_id: &str) -> Option<String> {
+        self.failing.borrow().get(container_id).cloned()
     }
 
     /// Sends a request that carries no descriptor.
@@ -239,6 +250,7 @@ struct Facts {
     id: String,
     ready: watch::Sender<bool>,
     drained: watch::Sender<BTreeSet<String>>,
+    failing: watch::Sender<BTreeMap<String, String>>,
 }
 
 impl Facts {
@@ -252,6 +264,8 @@ impl Facts {
                     _ => return Err(ControlError::Confused),
                 }
                 tell.take();
+                // What still holds is told anew.
+                self.failing.send_replace(BTreeMap::new());
                 self.take_in(&mut line).await
             };
             match told.await {
@@ -286,7 +300,23 @@ impl Facts {
                     container_id,
                     message,
                 } => {
+                    let message: String = message
+                        .chars()
+                        .filter(|c| !c.is_control())
+                        .take(MAX_MESSAGE)
+                        .collect();
                     tracing::error!(pod = self.id, container = container_id, "{message}");
+                    self.failing.send_modify(|failing| {
+                        if failing.len() < MAX_DRAINED {
+                            failing.insert(container_id, message);
+                        }
+                    });
+                }
+                Event::LogRecovered { container_id } => {
+                    tracing::info!(pod = self.id, container = container_id, "its log goes on");
+                    self.failing.send_modify(|failing| {
+                        failing.remove(&container_id);
+                    });
                 }
                 Event::Exited(reason) => return Ok(reason),
             }
@@ -302,6 +332,7 @@ pub async fn follow(stream: tokio::net::UnixStream) -> (BTreeSet<String>, Option
         id: "p".into(),
         ready: watch::channel(false).0,
         drained: watch::channel(BTreeSet::new()).0,
+        failing: watch::channel(BTreeMap::new()).0,
     };
     let reason = facts.take_in(&mut Line::from(stream)).await.ok();
     let drained = facts.drained.borrow().clone();
