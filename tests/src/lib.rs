@@ -13,6 +13,7 @@ mod maker;
 mod node;
 mod pods;
 mod random;
+pub mod runtime;
 pub mod streaming;
 #[cfg(test)]
 mod threat_model;

@@ -6,14 +6,13 @@
 //! bench-images CAISSON_SOCKET CONTAINERD_SOCKET REGISTRY REGISTRY_LOG LOGS PULL_MB LARGE_MB FILE_MB FILES TAR_FILES PODS ROUNDS [PART,...]
 //! ```
 
-mod client;
 mod node;
 mod table;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use client::{Pod, Result, Runtime};
+use caisson_tests::runtime::{Container, Pod, Result, Runtime, Task};
 use node::Registry;
 use table::{Table, median, met, seconds};
 
@@ -105,8 +104,8 @@ impl Bench {
         format!("{}/{name}", self.registry)
     }
 
-    fn both(&mut self) -> [&mut Runtime; 2] {
-        [&mut self.ours, &mut self.theirs]
+    fn both(&self) -> [&Runtime; 2] {
+        [&self.ours, &self.theirs]
     }
 
     /// What the processor itself makes of the same work in a guest and beside it, without files and disks: no microVM can be faster
@@ -134,8 +133,8 @@ impl Bench {
         let mut times = vec![[vec![], vec![]]; steps.len()];
         for (number, runtime) in self.both().into_iter().enumerate() {
             runtime.pull(&image).await?;
-            let mut pod = runtime.pod(256 * MIB).await?;
-            let container = runtime.run(&mut pod, &image).await?;
+            let pod = runtime.pod(256 * MIB).await?;
+            let container = runtime.run(&pod, of(&image)).await?;
             // The first of each touches the memory that the others find.
             for round in 0..=CREATES {
                 for (step, (_, script)) in steps.iter().enumerate() {
@@ -199,11 +198,11 @@ impl Bench {
             for image in &images {
                 runtime.pull(image).await?;
             }
-            let mut pod = runtime.pod(256 * MIB).await?;
+            let pod = runtime.pod(256 * MIB).await?;
             let mut times = [vec![], vec![]];
             for round in 0..=CREATES {
                 for (number, image) in images.iter().enumerate() {
-                    let (container, time) = runtime.create(&mut pod, image).await?;
+                    let (container, time) = runtime.create(&pod, of(image)).await?;
                     // The first of each mounts what the others share.
                     if round > 0 {
                         times[number].push(time);
@@ -269,8 +268,8 @@ impl Bench {
         let mut counts = vec![];
         for _ in 0..self.sizes.rounds {
             for (number, runtime) in self.both().into_iter().enumerate() {
-                let mut pod = runtime.pod(memory).await?;
-                let container = runtime.run(&mut pod, &image).await?;
+                let pod = runtime.pod(memory).await?;
+                let container = runtime.run(&pod, of(&image)).await?;
                 for (step, (what, script, cold)) in steps.iter().enumerate() {
                     if *cold {
                         node::drop_caches()?;
@@ -297,12 +296,12 @@ impl Bench {
     async fn pods(&mut self) -> Result<()> {
         let image = self.image("shared");
         let count = self.sizes.pods;
-        let ours = &mut self.ours;
+        let ours = &self.ours;
         ours.pull(&image).await?;
-        let mut pods: Vec<(Pod, String)> = vec![];
+        let mut pods: Vec<(Pod, Container)> = vec![];
         for _ in 0..count {
-            let mut pod = ours.pod(96 * MIB).await?;
-            let container = ours.run(&mut pod, &image).await?;
+            let pod = ours.pod(96 * MIB).await?;
+            let container = ours.run(&pod, of(&image)).await?;
             pods.push((pod, container));
         }
         node::drop_caches()?;
@@ -356,6 +355,14 @@ impl Bench {
             String::new(),
         ]);
         Ok(())
+    }
+}
+
+/// A container that does what its image says.
+fn of(image: &str) -> Task<'_> {
+    Task {
+        image,
+        ..Task::default()
     }
 }
 

@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::client::Result;
+use caisson_tests::runtime::Result;
 
 /// Drops clean page cache, directory entries and inodes, as after a boot.
 pub fn drop_caches() -> Result<()> {
