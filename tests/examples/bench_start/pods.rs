@@ -1,0 +1,180 @@
+//! One pod after the other: its start, a command in it, its end.
+
+use std::process::Command;
+use std::time::Instant;
+
+use caisson_tests::runtime::{Container, Pod, Result, Runtime, Task};
+
+use crate::figures::{Aim, Line, Samples, Unit};
+use crate::{Bench, give_up};
+
+/// Commands in each container.
+const EXECS: usize = 5;
+
+/// What is measured of each pod, in the order of the table.
+const STEPS: [&str; 5] = [
+    "RunPodSandbox to first output",
+    "of it RunPodSandbox",
+    "of it CreateContainer, StartContainer, first output",
+    "exec round trip",
+    "Stop and Remove of container and pod",
+];
+/// The places of those that have an aim.
+const START: usize = 0;
+const EXEC: usize = 3;
+const END: usize = 4;
+
+/// A pod with a container that has said something.
+pub struct Running {
+    pub pod: Pod,
+    pub container: Container,
+    /// Seconds until the sandbox was there, and until the container said something.
+    pub sandbox: f64,
+    pub output: f64,
+}
+
+/// Starts a pod and a container, up to the container's first output.
+pub async fn start(runtime: &Runtime, task: Task<'_>) -> Result<Running> {
+    let begun = Instant::now();
+    let pod = runtime.pod(0).await?;
+    let sandbox = begun.elapsed().as_secs_f64();
+    let started = async {
+        let container = runtime.run(&pod, task).await?;
+        runtime.first_output(&container).await?;
+        Ok(container)
+    };
+    match started.await {
+        Ok(container) => Ok(Running {
+            pod,
+            container,
+            sandbox,
+            output: begun.elapsed().as_secs_f64(),
+        }),
+        Err(error) => {
+            give_up(runtime, pod).await;
+            Err(error)
+        }
+    }
+}
+
+/// The same; a pod that fails is started once more, and the second part tells why.
+pub async fn start_twice(runtime: &Runtime, task: Task<'_>) -> Result<(Running, Option<String>)> {
+    match start(runtime, task).await {
+        Ok(running) => Ok((running, None)),
+        Err(error) => {
+            let note = format!(
+                "A pod of {} was started once more after: {error}",
+                runtime.name
+            );
+            Ok((start(runtime, task).await?, Some(note)))
+        }
+    }
+}
+
+impl Bench {
+    /// Start, exec and end of pods, one at a time, in turn.
+    pub async fn pod(&mut self) -> Result<()> {
+        let mut samples = vec![[(); 3].map(|()| Samples::default()); STEPS.len()];
+        let mut notes = Vec::new();
+        let mut timeline = String::new();
+        let peers = [&self.caisson, &self.runc, &self.crun];
+        for round in 0..=self.options.rounds {
+            for turn in 0..peers.len() {
+                let number = (round + turn) % peers.len();
+                let runtime = peers[number];
+                let (running, note) = start_twice(runtime, self.task()).await?;
+                notes.extend(note);
+                if number == 0 && round == self.options.rounds {
+                    timeline = self.timeline(&running.container)?;
+                }
+                let times = live(runtime, running).await?;
+                eprintln!(
+                    "{}: {:.2} s to the first output",
+                    runtime.name, times[START][0]
+                );
+                // The first pods of all find nothing in any cache.
+                if round > 0 {
+                    for (step, times) in times.into_iter().enumerate() {
+                        times
+                            .iter()
+                            .for_each(|&time| samples[step][number].push(time));
+                    }
+                }
+            }
+        }
+        for (step, [ours, runc, crun]) in samples.into_iter().enumerate() {
+            let aim = match step {
+                START => self.options.aim.aim(),
+                EXEC | END => Aim::AtMost(0.5),
+                _ => Aim::Reference,
+            };
+            let what = match step {
+                START => format!("{}, {}", STEPS[step], self.options.aim.words()),
+                _ => STEPS[step].to_owned(),
+            };
+            for (peer, theirs, aim) in [
+                ("containerd with runc", runc, aim),
+                ("containerd with crun", crun, Aim::Reference),
+            ] {
+                self.report.line(Line {
+                    what: what.clone(),
+                    unit: Unit::Seconds,
+                    ours: ours.clone(),
+                    peer,
+                    theirs,
+                    aim,
+                });
+            }
+        }
+        notes.into_iter().for_each(|note| self.report.note(note));
+        self.report.note(format!(
+            "Where the time of Caisson's last pod went:\n\n```\n{timeline}\n```"
+        ));
+        Ok(())
+    }
+
+    /// The steps of a start, as `caisson timeline` shows them.
+    fn timeline(&self, container: &Container) -> Result<String> {
+        let told = Command::new(self.options.build.join("caisson"))
+            .arg("--socket")
+            .arg(&self.options.caisson)
+            .args(["timeline", &container.id])
+            .output()?;
+        if !told.status.success() {
+            let said = String::from_utf8_lossy(&told.stderr);
+            return Err(format!("caisson timeline: {}", said.trim()).into());
+        }
+        Ok(String::from_utf8(told.stdout)?.trim_end().to_owned())
+    }
+}
+
+/// Commands in a pod that runs, then its end: the times of each step.
+async fn live(runtime: &Runtime, running: Running) -> Result<[Vec<f64>; STEPS.len()]> {
+    let Running {
+        pod,
+        container,
+        sandbox,
+        output,
+    } = running;
+    let mut execs = Vec::new();
+    for _ in 0..EXECS {
+        let begun = Instant::now();
+        let said = runtime.exec_command(&container, &["echo", "well"]).await?;
+        execs.push(begun.elapsed().as_secs_f64());
+        if said != "well" {
+            return Err(format!("{}: echo well said {said:?}", runtime.name).into());
+        }
+    }
+    let begun = Instant::now();
+    runtime.stop_container(&container).await?;
+    runtime.remove_container(container).await?;
+    runtime.remove(pod).await?;
+    let end = begun.elapsed().as_secs_f64();
+    Ok([
+        vec![output],
+        vec![sandbox],
+        vec![output - sandbox],
+        execs,
+        vec![end],
+    ])
+}
