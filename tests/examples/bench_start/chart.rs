@@ -4,52 +4,64 @@ use std::fmt::Write as _;
 
 use crate::figures::{Aim, Line};
 
-const WIDTH: f64 = 960.0;
-const ROW: f64 = 34.0;
-const TOP: f64 = 74.0;
-/// Where bars begin, and how far one is that just meets its aim.
-const LEFT: f64 = 470.0;
-const AIM: f64 = 150.0;
+const WIDTH: f64 = 1100.0;
+const ROW: f64 = 32.0;
+const TOP: f64 = 76.0;
+/// Where bars begin, and how long one is that just meets its aim.
+const LEFT: f64 = 460.0;
+const AIM: f64 = 120.0;
 /// Bars end here; a longer one has an open end.
-const LONGEST: f64 = 330.0;
+const LONGEST: f64 = 290.0;
+/// Where ratios are, and the figures that they come from.
+const RATIO: f64 = LEFT + LONGEST + 24.0;
+const FIGURES: f64 = RATIO + 130.0;
 
 /// Draws a chart. A bar is as long as the ratio is to its aim, so that what ends left of the mark is met; where more is
 /// better the ratio is turned over.
 pub fn draw(title: &str, lines: &[Line]) -> String {
-    let height = TOP + ROW * lines.len() as f64 + 40.0;
+    let height = TOP + ROW * lines.len() as f64 + 44.0;
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" width=\"{WIDTH}\" height=\"{height}\" \
          font-family=\"sans-serif\" font-size=\"13\">\n\
-         <rect width=\"{WIDTH}\" height=\"{height}\" fill=\"#ffffff\"/>\n\
-         <text x=\"16\" y=\"26\" font-size=\"17\" font-weight=\"bold\" fill=\"#222222\">{}</text>\n",
-        escape(title)
+         <rect width=\"{WIDTH}\" height=\"{height}\" fill=\"#ffffff\"/>\n"
     );
-    let mark = LEFT + AIM;
-    let bottom = height - 34.0;
+    let mut text = |x: f64, y: f64, style: &str, text: &str| {
+        let text = escape(text);
+        // Writing to a string cannot fail.
+        let _ = writeln!(svg, "<text x=\"{x}\" y=\"{y}\" {style}>{text}</text>");
+    };
+    text(16.0, 28.0, "font-size=\"17\" font-weight=\"bold\"", title);
+    let (mark, head) = (LEFT + AIM, TOP - 12.0);
+    text(
+        mark,
+        head,
+        "text-anchor=\"middle\"",
+        "aim; shorter is better",
+    );
+    text(RATIO, head, "", "ratio (aim)");
+    text(FIGURES, head, "", "Caisson : the other");
+    let legend = "green: met, orange: not met, grey: no aim, where the mark is the other's figure";
+    text(16.0, height - 14.0, "fill=\"#666666\"", legend);
     for (index, line) in lines.iter().enumerate() {
         row(&mut svg, TOP + ROW * index as f64, line);
     }
-    // Writing to a string cannot fail.
+    let bottom = TOP + ROW * lines.len() as f64;
     let _ = write!(
         svg,
         "<line x1=\"{mark}\" y1=\"{TOP}\" x2=\"{mark}\" y2=\"{bottom}\" stroke=\"#222222\" stroke-dasharray=\"4 3\"/>\n\
-         <text x=\"{mark}\" y=\"{}\" text-anchor=\"middle\" fill=\"#222222\">the aim: shorter is better</text>\n\
-         <text x=\"16\" y=\"{}\" fill=\"#666666\">green: met, orange: not met, grey: no aim, the mark being the other's figure</text>\n\
-         </svg>\n",
-        TOP - 10.0,
-        height - 12.0
+         </svg>\n"
     );
     svg
 }
 
 fn row(svg: &mut String, top: f64, line: &Line) {
     let middle = top + ROW / 2.0 + 4.0;
-    let label = format!("{}, beside {}", line.what, line.peer);
     let _ = writeln!(
         svg,
-        "<text x=\"{}\" y=\"{middle}\" text-anchor=\"end\" fill=\"#222222\">{}</text>",
-        LEFT - 10.0,
-        escape(&label)
+        "<text x=\"{}\" y=\"{middle}\" text-anchor=\"end\">{} <tspan fill=\"#666666\">: {}</tspan></text>",
+        LEFT - 12.0,
+        escape(&line.what),
+        escape(line.peer)
     );
     let ratio = line.ratio();
     let far = match (ratio, line.aim) {
@@ -70,17 +82,21 @@ fn row(svg: &mut String, top: f64, line: &Line) {
         top + 6.0,
         ROW - 12.0
     );
-    let more = if far * AIM > LONGEST { "… " } else { "" };
+    if far * AIM > LONGEST {
+        let x = LEFT + LONGEST + 4.0;
+        let _ = writeln!(svg, "<text x=\"{x}\" y=\"{middle}\">…</text>");
+    }
     let told = match (ratio, line.aim) {
         (None, _) => "not measured".to_owned(),
-        (Some(ratio), Aim::Reference) => format!("{more}{ratio:.2}"),
-        (Some(ratio), aim) => format!("{more}{ratio:.2} (aim {aim})"),
+        (Some(ratio), Aim::Reference) => format!("{ratio:.2}"),
+        (Some(ratio), aim) => format!("{ratio:.2} ({aim})"),
     };
+    let (ours, theirs) = line.medians();
     let _ = writeln!(
         svg,
-        "<text x=\"{:.1}\" y=\"{middle}\" fill=\"#222222\">{}</text>",
-        LEFT + length.max(if far > 0.9 && far < 1.1 { AIM } else { 0.0 }) + 8.0,
-        escape(&told)
+        "<text x=\"{RATIO}\" y=\"{middle}\">{}</text>\n<text x=\"{FIGURES}\" y=\"{middle}\" fill=\"#666666\">{}</text>",
+        escape(&told),
+        escape(&format!("{ours} : {theirs}"))
     );
 }
 
@@ -112,11 +128,12 @@ mod tests {
         let svg = draw("a & b", &lines);
         for part in [
             "a &amp; b",
-            "half &lt;of&gt; it, beside another",
-            &format!("width=\"{:.1}\" height=\"22\" fill=\"#3a8f5c\"", AIM / 2.0),
-            &format!("width=\"{LONGEST:.1}\" height=\"22\" fill=\"#a9b1b8\""),
-            "… 100.00",
-            "2.00 (aim ≥ 1)",
+            "half &lt;of&gt; it",
+            &format!("width=\"{:.1}\" height=\"20\" fill=\"#3a8f5c\"", AIM / 2.0),
+            &format!("width=\"{LONGEST:.1}\" height=\"20\" fill=\"#a9b1b8\""),
+            "100.00</text>",
+            "2.00 (≥ 1)</text>",
+            "4.00 s : 2.00 s",
         ] {
             assert!(svg.contains(part), "no {part} in {svg}");
         }

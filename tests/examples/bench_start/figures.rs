@@ -42,9 +42,16 @@ impl Samples {
         sorted.get(rank.max(1) - 1).copied()
     }
 
-    /// The middle one.
+    /// The middle one, or what is between the middle two.
     pub fn median(&self) -> Option<f64> {
-        self.within(0.5)
+        let mut sorted = self.0.clone();
+        sorted.sort_by(f64::total_cmp);
+        let half = sorted.len() / 2;
+        let upper = *sorted.get(half)?;
+        match sorted.len() % 2 {
+            0 => Some(f64::midpoint(sorted[half - 1], upper)),
+            _ => Some(upper),
+        }
     }
 
     /// The median and, where there are several, the 10th and the 90th percentile.
@@ -109,6 +116,15 @@ impl Line {
     pub fn ratio(&self) -> Option<f64> {
         let ratio = self.ours.median()? / self.theirs.median()?;
         ratio.is_finite().then_some(ratio)
+    }
+
+    /// Both medians, in words.
+    pub fn medians(&self) -> (String, String) {
+        let show = |samples: &Samples| {
+            let median = samples.median();
+            median.map_or("–".to_owned(), |median| self.unit.show(median))
+        };
+        (show(&self.ours), show(&self.theirs))
     }
 
     /// How the line ends.
@@ -196,6 +212,8 @@ mod tests {
         let samples = Samples((1..=10).rev().map(f64::from).collect());
         let found = [0.0, 0.1, 0.5, 0.9, 1.0].map(|part| samples.within(part));
         assert_eq!(found, [1.0, 1.0, 5.0, 9.0, 10.0].map(Some));
+        assert_eq!(samples.median(), Some(5.5));
+        assert_eq!(Samples(vec![3.0, 1.0, 2.0]).median(), Some(2.0));
         assert_eq!(Samples::default().median(), None);
     }
 

@@ -19,7 +19,7 @@ impl Bench {
     pub async fn many(&mut self) -> Result<()> {
         let count = self.options.pods;
         let mut rates = [Samples::default(), Samples::default()];
-        let rounds = self.options.rounds.div_ceil(5);
+        let rounds = self.options.rounds.div_ceil(10);
         for round in 0..rounds {
             for number in [round % 2, (round + 1) % 2] {
                 let runtime = [&self.caisson, &self.runc][number];
