@@ -24,6 +24,9 @@ const START: usize = 0;
 const EXEC: usize = 3;
 const END: usize = 4;
 
+/// The seconds of each step.
+type Times = [Vec<f64>; STEPS.len()];
+
 /// A pod with a container that has said something.
 pub struct Running {
     pub pod: Pod,
@@ -59,14 +62,20 @@ pub async fn start(runtime: &Runtime, task: Task<'_>) -> Result<Running> {
 
 /// The same; a pod that fails is started once more, and the second part tells why.
 pub async fn start_twice(runtime: &Runtime, task: Task<'_>) -> Result<(Running, Option<String>)> {
-    match start(runtime, task).await {
-        Ok(running) => Ok((running, None)),
+    twice(runtime, async || start(runtime, task).await).await
+}
+
+/// Tries something with a pod once more if it fails; the second part tells why.
+async fn twice<T>(
+    runtime: &Runtime,
+    attempt: impl AsyncFn() -> Result<T>,
+) -> Result<(T, Option<String>)> {
+    match attempt().await {
+        Ok(done) => Ok((done, None)),
         Err(error) => {
-            let note = format!(
-                "A pod of {} was started once more after: {error}",
-                runtime.name
-            );
-            Ok((start(runtime, task).await?, Some(note)))
+            let name = runtime.name;
+            let note = format!("A pod of {name} was started once more after: {error}");
+            Ok((attempt().await?, Some(note)))
         }
     }
 }
@@ -82,12 +91,10 @@ impl Bench {
             for turn in 0..peers.len() {
                 let number = (round + turn) % peers.len();
                 let runtime = peers[number];
-                let (running, note) = start_twice(runtime, self.task()).await?;
+                let attempt = async || self.life(runtime).await;
+                let ((times, told), note) = twice(runtime, attempt).await?;
                 notes.extend(note);
-                if number == 0 && round == self.options.rounds {
-                    timeline = self.timeline(&running.container)?;
-                }
-                let times = live(runtime, running).await?;
+                timeline = told.unwrap_or(timeline);
                 eprintln!(
                     "{}: {:.2} s to the first output",
                     runtime.name, times[START][0]
@@ -136,6 +143,32 @@ impl Bench {
         Ok(())
     }
 
+    /// A pod from its start to its end: the times of each step and, of Caisson's, the steps of its start.
+    async fn life(&self, runtime: &Runtime) -> Result<(Times, Option<String>)> {
+        let running = start(runtime, self.task()).await?;
+        let lived = async {
+            let ours = std::ptr::eq(runtime, &self.caisson);
+            let told = ours.then(|| self.timeline(&running.container));
+            Ok((execs(runtime, &running.container).await?, told.transpose()?))
+        };
+        let (execs, told) = match lived.await {
+            Ok(lived) => lived,
+            Err(error) => {
+                give_up(runtime, running.pod).await;
+                return Err(error);
+            }
+        };
+        let begun = Instant::now();
+        runtime.stop_container(&running.container).await?;
+        runtime.remove_container(running.container).await?;
+        runtime.remove(running.pod).await?;
+        let end = begun.elapsed().as_secs_f64();
+        let (sandbox, output) = (running.sandbox, running.output);
+        let container = vec![output - sandbox];
+        let times = [vec![output], vec![sandbox], container, execs, vec![end]];
+        Ok((times, told))
+    }
+
     /// The steps of a start, as `caisson timeline` shows them.
     fn timeline(&self, container: &Container) -> Result<String> {
         let told = Command::new(self.options.build.join("caisson"))
@@ -151,33 +184,16 @@ impl Bench {
     }
 }
 
-/// Commands in a pod that runs, then its end: the times of each step.
-async fn live(runtime: &Runtime, running: Running) -> Result<[Vec<f64>; STEPS.len()]> {
-    let Running {
-        pod,
-        container,
-        sandbox,
-        output,
-    } = running;
-    let mut execs = Vec::new();
+/// Runs a command several times; the seconds that each took.
+async fn execs(runtime: &Runtime, container: &Container) -> Result<Vec<f64>> {
+    let mut times = Vec::new();
     for _ in 0..EXECS {
         let begun = Instant::now();
-        let said = runtime.exec_command(&container, &["echo", "well"]).await?;
-        execs.push(begun.elapsed().as_secs_f64());
+        let said = runtime.exec_command(container, &["echo", "well"]).await?;
+        times.push(begun.elapsed().as_secs_f64());
         if said != "well" {
             return Err(format!("{}: echo well said {said:?}", runtime.name).into());
         }
     }
-    let begun = Instant::now();
-    runtime.stop_container(&container).await?;
-    runtime.remove_container(container).await?;
-    runtime.remove(pod).await?;
-    let end = begun.elapsed().as_secs_f64();
-    Ok([
-        vec![output],
-        vec![sandbox],
-        vec![output - sandbox],
-        execs,
-        vec![end],
-    ])
+    Ok(times)
 }
