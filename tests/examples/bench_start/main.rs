@@ -139,13 +139,9 @@ async fn main() -> Result<()> {
             let note = format!("Not measured to the end: {part:?}: {error}");
             bench.report.note(note);
         }
+        bench.draw()?;
     }
     bench.report.finish();
-    let title = format!("What a pod costs, {}", bench.options.aim.words());
-    std::fs::write(
-        &bench.options.chart,
-        chart::draw(&title, &bench.report.lines),
-    )?;
     match failed {
         true => Err("not all could be measured; see above".into()),
         false => Ok(()),
@@ -153,6 +149,13 @@ async fn main() -> Result<()> {
 }
 
 impl Bench {
+    /// Draws what is known so far: a run that breaks off leaves that much.
+    fn draw(&self) -> Result<()> {
+        let title = format!("What a pod costs, {}", self.options.aim.words());
+        let chart = chart::draw(&title, &self.report.lines);
+        Ok(std::fs::write(&self.options.chart, chart)?)
+    }
+
     /// A container that says something and sleeps.
     fn task(&self) -> Task<'_> {
         Task {
