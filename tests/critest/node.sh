@@ -36,7 +36,7 @@ run_where_kvm_works() {
   local limit=$1
   shift
   mkdir -p "$out"
-  if "$build/caisson" doctor --kvm-works; then
+  if "$build/caisson" doctor --kvm-works >&2; then
     timeout --foreground -k 30 "$limit" "$@"
   else
     "$root/scripts/kvm-lab" --mem "${CAISSON_LAB_MEM:-8G}" --append "${lab_words-}" --timeout "$limit" --cwd "$root" --out "$out" -- "$@"

@@ -19,7 +19,7 @@ impl Bench {
     pub async fn many(&mut self) -> Result<()> {
         let count = self.options.pods;
         let mut rates = [Samples::default(), Samples::default()];
-        let rounds = self.options.rounds.div_ceil(10);
+        let rounds = self.options.rounds.div_ceil(5);
         for round in 0..rounds {
             for number in [round % 2, (round + 1) % 2] {
                 let runtime = [&self.caisson, &self.runc][number];
@@ -123,8 +123,15 @@ impl Bench {
         while let Some(started) = starts.next().await {
             match started {
                 Ok((running, note)) => {
+                    let seconds = running.output;
                     pods.push(running);
                     notes.extend(note);
+                    if pods.len().is_multiple_of(10) {
+                        let (name, count) = (runtime.name, pods.len());
+                        eprintln!(
+                            "{name}: {count} more pods run, the last one after {seconds:.2} s"
+                        );
+                    }
                 }
                 Err(error) => notes.push(format!("A pod of {}: {error}", runtime.name)),
             }
