@@ -66,6 +66,7 @@ fn row(svg: &mut String, top: f64, line: &Line) {
     let ratio = line.ratio();
     let far = match (ratio, line.aim) {
         (None, _) => 0.0,
+        (Some(ratio), Aim::Reference) if line.unit.more_is_better() => 1.0 / ratio,
         (Some(ratio), Aim::Reference) => ratio,
         (Some(ratio), Aim::AtMost(most)) => ratio / most,
         (Some(ratio), Aim::AtLeast(least)) => least / ratio,

@@ -13,6 +13,14 @@ pub enum Unit {
 }
 
 impl Unit {
+    /// Whether one wants much of it.
+    pub fn more_is_better(self) -> bool {
+        match self {
+            Self::Seconds | Self::Mebibytes => false,
+            Self::PodsPerMinute | Self::GigabitsPerSecond => true,
+        }
+    }
+
     fn show(self, value: f64) -> String {
         match self {
             Self::Seconds if value < 1.0 => format!("{:.0} ms", value * 1e3),
