@@ -83,7 +83,7 @@ versions() {
 }
 
 # Both runtimes with everything below $state and $run, on bridges of their own, with an image of busybox that sleeps: the
-# name of the image, and for Caisson alone, any word after it.
+# name of the image, and for Caisson alone, any word after it. microvm_settings are more lines of Caisson's configuration.
 set_up_peers() {
   local image=$1 alone=${2-} number name names=(caisson containerd)
   state=$(mktemp -d /var/lib/caisson-bench.XXXXXXXX)
@@ -115,6 +115,7 @@ log_level = "warn"
 allow_host = true
 [microvm]
 vcpus = 1
+${microvm_settings-}
 [cni]
 conf_dir = "$state/caisson.d"
 TOML

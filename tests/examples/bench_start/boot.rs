@@ -195,6 +195,7 @@ fn caisson(build: &Path) -> Result<Machine> {
         nets: Vec::new(),
         share: None,
         vsock: None,
+        template: None,
         jail: None,
     };
     let mut command = Command::new(build.join("caisson-vmm"));

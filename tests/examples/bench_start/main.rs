@@ -48,9 +48,9 @@ struct Options {
     /// What to measure.
     #[arg(long, value_delimiter = ',')]
     only: Vec<Part>,
-    /// How a pod starts, which says what its start is held against.
+    /// How Caisson's pods start, which says what that is held against.
     #[arg(long)]
-    aim: Start,
+    start: Start,
     /// How often single things are measured.
     #[arg(long)]
     rounds: usize,
@@ -81,7 +81,7 @@ enum Part {
 enum Start {
     /// Its kernel boots.
     Cold,
-    /// It is a copy of a machine that has booted.
+    /// It is a clone of a template.
     Clone,
 }
 
@@ -151,7 +151,7 @@ async fn main() -> Result<()> {
 impl Bench {
     /// Draws what is known so far: a run that breaks off leaves that much.
     fn draw(&self) -> Result<()> {
-        let title = format!("What a pod costs, {}", self.options.aim.words());
+        let title = format!("What a pod costs, {}", self.options.start.words());
         let chart = chart::draw(&title, &self.report.lines);
         Ok(std::fs::write(&self.options.chart, chart)?)
     }

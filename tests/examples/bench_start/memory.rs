@@ -8,9 +8,12 @@ use caisson_tests::runtime::{Result, Runtime};
 
 use crate::Bench;
 use crate::figures::{Aim, Line, Samples, Unit};
-use crate::pods::{Running, start_twice};
+use crate::pods::Running;
+use crate::scale::empty;
 
-/// How long a pod is left alone before it counts as idle.
+/// Pods side by side, which share what they can.
+const PODS: usize = 5;
+/// How long they are left alone before they count as idle.
 const IDLE: Duration = Duration::from_secs(5);
 /// The most that a pod process and its guest may have, and the most that the process has for itself: MiB.
 const POD_LIMIT: f64 = 15.0;
@@ -22,30 +25,29 @@ impl Bench {
     /// The memory of pods that do nothing: a process that is Caisson's, and those that are containerd's.
     pub async fn memory(&mut self) -> Result<()> {
         let mut all = [(); 3].map(|()| Samples::default());
-        for _ in 0..self.options.rounds.min(5) {
-            for number in 0..2 {
-                let runtime = [&self.caisson, &self.runc][number];
-                let (running, note) = start_twice(runtime, self.task()).await?;
-                tokio::time::sleep(IDLE).await;
-                let looked = look(runtime, &running).await;
-                runtime.remove(running.pod).await?;
-                let (pod, heap) = looked?;
+        for number in 0..2 {
+            let runtime = [&self.caisson, &self.runc][number];
+            let (pods, notes) = self.wave(runtime, PODS).await;
+            tokio::time::sleep(IDLE).await;
+            let looked = look_at_all(runtime, &pods).await;
+            empty(runtime, pods).await;
+            notes.into_iter().for_each(|note| self.report.note(note));
+            for (pod, heap) in looked? {
                 all[number].push(pod);
                 heap.into_iter().for_each(|heap| all[2].push(heap));
-                note.into_iter().for_each(|note| self.report.note(note));
             }
         }
         let [ours, theirs, heap] = all;
         for (what, ours, peer, theirs, aim) in [
             (
-                "idle pod's memory (PSS)",
+                "idle pod's memory (PSS), 5 side by side",
                 ours.clone(),
                 "the limit",
                 POD_LIMIT.into(),
                 Aim::AtMost(1.0),
             ),
             (
-                "idle pod's memory (PSS)",
+                "idle pod's memory (PSS), 5 side by side",
                 ours,
                 "containerd with runc",
                 theirs,
@@ -69,6 +71,17 @@ impl Bench {
             });
         }
         Ok(())
+    }
+}
+
+async fn look_at_all(runtime: &Runtime, pods: &[Running]) -> Result<Vec<(f64, Option<f64>)>> {
+    let mut found = Vec::new();
+    for running in pods {
+        found.push(look(runtime, running).await?);
+    }
+    match found.is_empty() {
+        true => Err(format!("{}: no pod was started", runtime.name).into()),
+        false => Ok(found),
     }
 }
 

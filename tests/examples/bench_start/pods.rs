@@ -111,12 +111,12 @@ impl Bench {
         }
         for (step, [ours, runc, crun]) in samples.into_iter().enumerate() {
             let aim = match step {
-                START => self.options.aim.aim(),
+                START => self.options.start.aim(),
                 EXEC | END => Aim::AtMost(0.5),
                 _ => Aim::Reference,
             };
             let what = match step {
-                START => format!("{}, {}", STEPS[step], self.options.aim.words()),
+                START => format!("{}, {}", STEPS[step], self.options.start.words()),
                 _ => STEPS[step].to_owned(),
             };
             let peers = [

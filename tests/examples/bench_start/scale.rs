@@ -116,7 +116,7 @@ impl Bench {
     }
 
     /// Starts so many pods, some at a time: those that run, and what is to be told of the others.
-    async fn wave(&self, runtime: &Runtime, count: usize) -> (Vec<Running>, Vec<String>) {
+    pub async fn wave(&self, runtime: &Runtime, count: usize) -> (Vec<Running>, Vec<String>) {
         let (mut pods, mut notes) = (Vec::new(), Vec::new());
         let starts = (0..count).map(|_| start_twice(runtime, self.task()));
         let mut starts = futures::stream::iter(starts).buffer_unordered(WIDTH);
@@ -141,7 +141,7 @@ impl Bench {
 }
 
 /// Removes pods.
-async fn empty(runtime: &Runtime, pods: Vec<Running>) {
+pub async fn empty(runtime: &Runtime, pods: Vec<Running>) {
     let removals = pods
         .into_iter()
         .map(|running| give_up(runtime, running.pod));
