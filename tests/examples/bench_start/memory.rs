@@ -131,20 +131,39 @@ fn own_heap(pid: u64) -> Result<u64> {
         .ok_or_else(|| format!("{path} has no large mapping: where is the guest?"))?)
 }
 
-/// Sums up what is anonymous in all mappings but those of a guest's size; `None` if there is none of those.
+/// Sums up what is anonymous in all mappings but those of a guest; `None` if there is no guest. A guest's memory is
+/// one stretch of addresses that can be written, in several mappings where a template's lies over some of it.
 fn small_anonymous(smaps: &str) -> Option<u64> {
-    let (mut own, mut guest, mut size) = (0, false, 0);
+    // Where a stretch ends, its size and what is anonymous in it, in KiB.
+    let mut stretches: Vec<(u64, u64, u64)> = Vec::new();
     for line in smaps.lines() {
-        if let Some(of_mapping) = figure(line, "Size:") {
-            size = of_mapping;
-            guest |= size >= GUEST;
+        if let Some((begin, end, writable)) = mapping(line) {
+            let size = (end - begin) >> 10;
+            match stretches.last_mut() {
+                Some((before, all, _)) if writable && *before == begin => {
+                    (*before, *all) = (end, *all + size);
+                }
+                _ if writable => stretches.push((end, size, 0)),
+                // No part of a guest, and nothing goes on after it.
+                _ => stretches.push((0, 0, 0)),
+            }
         } else if let Some(anonymous) = figure(line, "Anonymous:")
-            && size < GUEST
+            && let Some((.., sum)) = stretches.last_mut()
         {
-            own += anonymous;
+            *sum += anonymous;
         }
     }
-    guest.then_some(own)
+    let own = stretches.iter().filter(|(_, size, _)| *size < GUEST);
+    let sum = own.clone().map(|(.., anonymous)| anonymous).sum();
+    (own.count() < stretches.len()).then_some(sum)
+}
+
+/// The addresses of a mapping and whether it can be written, from the first line of its entry (proc(5), maps).
+fn mapping(line: &str) -> Option<(u64, u64, bool)> {
+    let (addresses, rest) = line.split_once(' ')?;
+    let (begin, end) = addresses.split_once('-')?;
+    let address = |text| u64::from_str_radix(text, 16).ok();
+    Some((address(begin)?, address(end)?, rest.starts_with("rw")))
 }
 
 fn figure(line: &str, name: &str) -> Option<u64> {
@@ -181,14 +200,26 @@ mod tests {
 
     #[test]
     fn the_guest_s_memory_is_not_the_vmm_s() {
-        let mapping = |size: u64, anonymous: u64| {
+        // Begin and size in KiB, protection, what is anonymous.
+        let mapping = |(begin, size, protection, anonymous): (u64, u64, &str, u64)| {
+            let (begin, end) = (begin << 10, (begin + size) << 10);
             format!(
-                "7f00-7f01 rw-p 00000000 00:00 0\nSize: {size} kB\nPss: 1 kB\nAnonymous: {anonymous} kB\n"
+                "{begin:x}-{end:x} {protection} 00000000 00:00 0\nPss: 1 kB\nAnonymous: {anonymous} kB\n"
             )
         };
-        let own = mapping(132, 40) + &mapping(2048, 8);
+        let own = [
+            (0, 132, "rw-p", 40),
+            (132, 70 << 10, "r--p", 5),
+            (100 << 10, 2048, "rw-p", 8),
+        ];
+        let own: String = own.into_iter().map(mapping).collect();
         assert_eq!(small_anonymous(&own), None);
-        assert_eq!(small_anonymous(&(own + &mapping(GUEST, 9000))), Some(48));
+        let guest = [
+            (200 << 10, 4 << 10, "rw-p", 9000),
+            (204 << 10, 60 << 10, "rw-p", 70),
+        ];
+        let guest: String = guest.into_iter().map(mapping).collect();
+        assert_eq!(small_anonymous(&(own + &guest)), Some(53));
     }
 
     #[test]
