@@ -2,9 +2,10 @@
 
 use std::process::{Child, Command, Stdio};
 
-use caisson_tests::runtime::{Container, Pod, Result, Runtime, Task};
+use caisson_tests::runtime::{Container, Result, Runtime, Task};
 
 use crate::figures::{Aim, Line, Samples, Unit};
+use crate::pods::{Running, start_twice};
 use crate::{Bench, give_up};
 
 /// Where containers have iperf3 with its libraries: the host's are another system's.
@@ -39,11 +40,12 @@ impl Bench {
             .map_err(|error| format!("{first}: {error}"))?;
         let _server = Server(server);
         let peers = [&self.caisson, &self.runc];
-        let mut pods: Vec<Pod> = Vec::new();
-        let measured = self.rates(peers, &mut pods).await;
-        for (runtime, pod) in peers.into_iter().zip(pods) {
-            give_up(runtime, pod).await;
+        let (mut pods, mut notes) = (Vec::new(), Vec::new());
+        let measured = self.rates(peers, &mut pods, &mut notes).await;
+        for (runtime, running) in peers.into_iter().zip(pods) {
+            give_up(runtime, running.pod).await;
         }
+        notes.into_iter().for_each(|note| self.report.note(note));
         let [ours, theirs, ours_in, theirs_in] = measured?;
         for (what, ours, theirs, aim) in [
             ("TCP, pod to host", ours, theirs, Aim::AtLeast(0.8)),
@@ -62,17 +64,20 @@ impl Bench {
     }
 
     /// A pod on each runtime, and the throughput of both: from the pods, then to them.
-    async fn rates(&self, peers: [&Runtime; 2], pods: &mut Vec<Pod>) -> Result<[Samples; 4]> {
-        let mut containers = Vec::new();
+    async fn rates(
+        &self,
+        peers: [&Runtime; 2],
+        pods: &mut Vec<Running>,
+        notes: &mut Vec<String>,
+    ) -> Result<[Samples; 4]> {
         for runtime in peers {
-            let pod = runtime.pod(0).await?;
             let task = Task {
                 volume: Some((&self.options.iperf, PLACE)),
                 ..self.task()
             };
-            let container = runtime.run(&pod, task).await;
-            pods.push(pod);
-            containers.push(container?);
+            let (running, note) = start_twice(runtime, task).await?;
+            pods.push(running);
+            notes.extend(note);
         }
         let mut rates = [(); 4].map(|()| Samples::default());
         for round in 0..self.options.rounds.min(5) {
@@ -84,7 +89,7 @@ impl Bench {
                     .hosts
                     .get(peer)
                     .ok_or("an address is missing")?;
-                let rate = rate(peers[peer], &containers[peer], host, to_pod).await?;
+                let rate = rate(peers[peer], &pods[peer].container, host, to_pod).await?;
                 let direction = if to_pod { "to" } else { "from" };
                 eprintln!("{}: {rate:.2} Gbit/s {direction} the pod", peers[peer].name);
                 rates[number].push(rate);
