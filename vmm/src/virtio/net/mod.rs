@@ -72,7 +72,8 @@ impl Net {
     /// # Errors
     /// [`NetError`] where the descriptor is not such a tap, or the address or MTU is not good.
     pub fn new(tap: OwnedFd, mac: [u8; 6], mtu: u16) -> Result<Self, NetError> {
-        Self::with(Tap::new(tap)?, mac, mtu)
+        check(mac, mtu)?;
+        Ok(Self::with(Tap::new(tap)?, mac, mtu))
     }
 
     /// A device of a template, on a socket that carries nothing: its clones have a tap in this place.
@@ -80,27 +81,22 @@ impl Net {
     /// # Errors
     /// [`NetError`] where the address or MTU is not good.
     pub fn unplugged(socket: OwnedFd, mac: [u8; 6], mtu: u16) -> Result<Self, NetError> {
+        check(mac, mtu)?;
         let tap = Tap::from_socket(socket, false).map_err(|source| NetError::Tap {
             what: "non-blocking mode",
             source,
         })?;
-        Self::with(tap, mac, mtu)
+        Ok(Self::with(tap, mac, mtu))
     }
 
-    fn with(tap: Tap, mac: [u8; 6], mtu: u16) -> Result<Self, NetError> {
-        if mtu < 68 {
-            return Err(NetError::Mtu(mtu));
-        }
-        if mac[0] & 1 != 0 {
-            return Err(NetError::GroupAddress);
-        }
-        Ok(Self {
+    fn with(tap: Tap, mac: [u8; 6], mtu: u16) -> Self {
+        Self {
             mac,
             mtu,
             link: Arc::new(AtomicBool::new(true)),
             limit: RateLimit::default(),
             service: Service::new(Kind::Net, DEVICE, tap),
-        })
+        }
     }
 
     /// The same device, which does no more than this in each direction.
@@ -108,6 +104,17 @@ impl Net {
     pub fn limited(self, limit: RateLimit) -> Self {
         Self { limit, ..self }
     }
+}
+
+/// Whether a device can have these.
+fn check(mac: [u8; 6], mtu: u16) -> Result<(), NetError> {
+    if mtu < 68 {
+        return Err(NetError::Mtu(mtu));
+    }
+    if mac[0] & 1 != 0 {
+        return Err(NetError::GroupAddress);
+    }
+    Ok(())
 }
 
 impl VirtioDevice for Net {
