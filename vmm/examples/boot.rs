@@ -10,7 +10,7 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use caisson_vmm_protocol::{
-    CONTROL_FD, Channel, Event, FdIndex, PROTOCOL_VERSION, RateLimit, Reply, Request, VmConfig,
+    CONTROL_FD, Channel, Event, FdIndex, PROTOCOL_VERSION, Reply, Request, VmConfig,
 };
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -47,31 +47,17 @@ fn main() -> Result<(), Box<dyn Error>> {
     let read_write = |path: &str| OpenOptions::new().read(true).write(true).open(path);
     // SAFETY: a fresh descriptor, which nobody else owns.
     let console = unsafe { OwnedFd::from_raw_fd(libc::dup(1)) };
+    let kvm = lend(read_write("/dev/kvm")?.into());
+    let kernel = lend(File::open(files.first().ok_or("no kernel")?)?.into());
     let config = VmConfig {
-        version: PROTOCOL_VERSION,
-        id: "boot".into(),
         vcpus: number("VCPUS", 1)? as u8,
         memory_mib: number("MEMORY_MIB", 256)?,
-        kvm: lend(read_write("/dev/kvm")?.into()),
-        kernel: lend(File::open(files.first().ok_or("no kernel")?)?.into()),
         initramfs: match files.get(1) {
             Some(path) => Some(lend(File::open(path)?.into())),
             None => None,
         },
         cmdline: format!("console=ttyS0 {cmdline}"),
-        console: lend(console),
-        console_limit: 1 << 20,
-        control_listener: None,
-        exit_file: None,
-        disks: Vec::new(),
-        layers: None,
-        disk_rate: RateLimit::default(),
-        net_rate: RateLimit::default(),
-        nets: Vec::new(),
-        share: None,
-        vsock: None,
-        jail: None,
-        template: None,
+        ..VmConfig::bare("boot", kvm, kernel, lend(console))
     };
     let raw: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
     let mut channel = Channel::new(ours);

@@ -14,9 +14,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use caisson_tests::runtime::Result;
-use caisson_vmm_protocol::{
-    CONTROL_FD, Channel, FdIndex, PROTOCOL_VERSION, RateLimit, Reply, Request, VmConfig,
-};
+use caisson_vmm_protocol::{CONTROL_FD, Channel, FdIndex, Reply, Request, VmConfig};
 use nix::unistd::dup2_raw;
 
 use crate::Bench;
@@ -175,28 +173,15 @@ fn caisson(build: &Path) -> Result<Machine> {
         FdIndex(fds.len() as u16 - 1)
     };
     let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm")?;
+    let (kvm, kernel) = (
+        lend(kvm.into()),
+        lend(File::open(build.join("vmlinux"))?.into()),
+    );
     let config = VmConfig {
-        version: PROTOCOL_VERSION,
-        id: "bench".into(),
-        vcpus: 1,
         memory_mib: MEMORY_MIB,
-        kvm: lend(kvm.into()),
-        kernel: lend(File::open(build.join("vmlinux"))?.into()),
         initramfs: Some(lend(File::open(build.join("initramfs.cpio"))?.into())),
         cmdline: CMDLINE.into(),
-        console: lend(writer.into()),
-        console_limit: 1 << 20,
-        control_listener: None,
-        exit_file: None,
-        disks: Vec::new(),
-        layers: None,
-        disk_rate: RateLimit::default(),
-        net_rate: RateLimit::default(),
-        nets: Vec::new(),
-        share: None,
-        vsock: None,
-        template: None,
-        jail: None,
+        ..VmConfig::bare("bench", kvm, kernel, lend(writer.into()))
     };
     let mut command = Command::new(build.join("caisson-vmm"));
     command.stdin(Stdio::null());

@@ -118,6 +118,35 @@ pub struct VmConfig {
     pub template: Option<TemplateConfig>,
 }
 
+impl VmConfig {
+    /// A machine with one vCPU, 256 MiB, this kernel and a console of at most 1 MiB, and nothing to go with it.
+    pub fn bare(id: &str, kvm: FdIndex, kernel: FdIndex, console: FdIndex) -> Self {
+        Self {
+            version: crate::PROTOCOL_VERSION,
+            id: id.to_owned(),
+            vcpus: 1,
+            memory_mib: 256,
+            kvm,
+            kernel,
+            initramfs: None,
+            cmdline: String::new(),
+            console,
+            console_limit: 1 << 20,
+            control_listener: None,
+            exit_file: None,
+            disks: Vec::new(),
+            layers: None,
+            nets: Vec::new(),
+            disk_rate: RateLimit::default(),
+            net_rate: RateLimit::default(),
+            share: None,
+            vsock: None,
+            jail: None,
+            template: None,
+        }
+    }
+}
+
 /// A machine that is, or begins as, a template: one that was booted once, of which pods are clones. A clone has the
 /// vCPUs, memory, devices, kernel and command line of its template.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -63,7 +63,7 @@ impl Interrupt for MmioInterrupt {
 }
 
 /// What the driver has said of one queue.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct QueueState {
     size: u32,
@@ -101,10 +101,7 @@ impl QueueState {
     fn new(max_size: u16) -> Self {
         Self {
             size: max_size.into(),
-            ready: false,
-            descriptors: 0,
-            driver: 0,
-            device: 0,
+            ..Self::default()
         }
     }
 }

@@ -86,10 +86,6 @@ pub enum RestoreError {
     Template(#[from] TemplateError),
 }
 
-fn last_error() -> kvm_ioctls::Error {
-    kvm_ioctls::Error::last()
-}
-
 fn ioctl(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmError {
     move |source| KvmError::Ioctl { what, source }
 }
@@ -227,7 +223,7 @@ impl KvmVm {
         let copies = vcpus.iter().map(|vcpu| {
             // SAFETY: the descriptor is open: it is that of a vCPU which is borrowed.
             let fd = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
-            let copy = fd.try_clone_to_owned().map_err(|_| last_error())?;
+            let copy = fd.try_clone_to_owned().map_err(kvm_ioctls::Error::from)?;
             // SAFETY: the copy is a vCPU's of this VM, and is given away.
             unsafe { self.vm.create_vcpu_from_rawfd(copy.into_raw_fd()) }
         });

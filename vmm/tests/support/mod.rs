@@ -15,8 +15,8 @@ use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
 
 use caisson_vmm_protocol::{
-    CONTROL_FD, Channel, Event, ExitReason, FdIndex, PROTOCOL_VERSION, RateLimit, Reply, Request,
-    VmConfig, VmStatus,
+    CONTROL_FD, Channel, Event, ExitReason, FdIndex, PROTOCOL_VERSION, Reply, Request, VmConfig,
+    VmStatus,
 };
 use tempfile::TempDir;
 
@@ -72,27 +72,8 @@ impl Spec {
         let listener = UnixListener::bind(dir.path().join("control")).unwrap();
         let mut spec = Self {
             config: VmConfig {
-                version: PROTOCOL_VERSION,
-                id: "test".into(),
-                vcpus: 1,
-                memory_mib: 256,
-                kvm: FdIndex(0),
-                kernel: FdIndex(0),
-                initramfs: None,
                 cmdline: "console=ttyS0 quiet pci=off panic=-1".into(),
-                console: FdIndex(0),
-                console_limit: 1 << 20,
-                control_listener: None,
-                exit_file: None,
-                disks: Vec::new(),
-                layers: None,
-                disk_rate: RateLimit::default(),
-                net_rate: RateLimit::default(),
-                nets: Vec::new(),
-                share: None,
-                vsock: None,
-                jail: None,
-                template: None,
+                ..VmConfig::bare("test", FdIndex(0), FdIndex(0), FdIndex(0))
             },
             fds: Vec::new(),
             dir,
