@@ -121,8 +121,9 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
         config,
     });
     pods::recover(&context).await?;
-    if let Some(templates) = &context.microvm.templates {
-        templates.clean_up(&context.microvm).await;
+    match &context.microvm.templates {
+        Some(templates) => templates.prepare(&context.microvm).await,
+        None => Templates::remove(&context.config.state),
     }
     pods::tend_networks(&context);
     let using = context.clone();

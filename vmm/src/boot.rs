@@ -19,7 +19,7 @@ use crate::control::Events;
 use crate::jail::{Jail, JailError};
 use crate::logs::{Dial, LogManager};
 use crate::pod::{Pod, Running};
-use crate::template::{MachineState, Making, TemplateError};
+use crate::template::{Image, MachineState, Making, TemplateError};
 use crate::threads::{self, ConfineError};
 use crate::timeline::Timeline;
 use crate::transport::mmio::MmioTransport;
@@ -163,7 +163,9 @@ pub fn build_and_boot(
     };
     let making = match template {
         Some(template) if template.role == TemplateRole::Make => {
-            Some(Making::new(vm.saver(&vcpus)?, template.state, settled))
+            let image = Image::new(vm.memory(), &template.memory).map_err(start("template"))?;
+            let saver = vm.saver(&vcpus)?;
+            Some(Making::new(saver, image, template.state, settled))
         }
         _ => None,
     };
@@ -189,7 +191,7 @@ pub fn build_and_boot(
 
 fn content(template: &Template) -> Content<'_> {
     match template.role {
-        TemplateRole::Make => Content::File(&template.memory),
+        TemplateRole::Make => Content::Nothing,
         TemplateRole::Clone => Content::Template(&template.memory),
     }
 }

@@ -139,36 +139,28 @@ fn serve(
             "no thread for the control socket: {error}"
         )));
     }
-    let saved = started
-        .making
-        .is_some_and(|making| make_template(making, control.pod(), ending));
+    if let Some(making) = started.making {
+        make_template(making, control.pod(), ending);
+    }
     if let Err(error) = threads::confine_self(Kind::Main) {
         ending.end(ExitReason::InternalError(error.to_string()));
     }
     let reason = ending.wait();
-    if !saved {
-        control.stop();
-    }
+    control.stop();
     control.finish(&reason, started.exit_file);
     ExitCode::from(exit_status(&reason))
 }
 
-/// Whether the machine is a template now. Its memory must not change any more then, so it is left as it is.
-fn make_template(making: Making, pod: &Pod, ending: &Arc<Ending>) -> bool {
+/// Makes a template of the machine, which ends with that.
+fn make_template(making: Making, pod: &Pod, ending: &Arc<Ending>) {
     let Pod::Machine(machine) = pod else {
-        return false;
+        return;
     };
     match making.finish(machine) {
-        Ok(saved) => {
-            if saved {
-                ending.end(ExitReason::PoweredOff);
-            }
-            saved
-        }
-        Err(error) => {
-            ending.end(ExitReason::InternalError(error.to_string()));
-            false
-        }
+        Ok(true) => ending.end(ExitReason::PoweredOff),
+        // It has ended already, and why is known.
+        Ok(false) => {}
+        Err(error) => ending.end(ExitReason::InternalError(error.to_string())),
     }
 }
 

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
-use super::{Saver, TemplateError};
+use super::{Image, Saver, TemplateError};
 use crate::vm::Machine;
 
 /// How often it is looked whether the machine has ended by itself.
@@ -16,22 +16,23 @@ const REST: Duration = Duration::from_millis(200);
 /// What makes a template of a machine that runs.
 pub struct Making {
     saver: Saver,
+    image: Image,
     state: File,
     settled: Receiver<()>,
 }
 
 impl Making {
-    /// To read the vCPUs with `saver`, and write to `state`, once there is a message in `settled`.
-    pub fn new(saver: Saver, state: File, settled: Receiver<()>) -> Self {
+    /// To read the vCPUs with `saver`, and write `image` and `state`, once there is a message in `settled`.
+    pub fn new(saver: Saver, image: Image, state: File, settled: Receiver<()>) -> Self {
         Self {
             saver,
+            image,
             state,
             settled,
         }
     }
 
-    /// Waits until the guest is settled, parks the machine and writes its state. False where it has ended before.
-    /// Nothing may be let run in the machine any more: its memory is the template's.
+    /// Waits until the guest is settled, parks the machine and writes it down. False where it has ended before.
     ///
     /// # Errors
     /// [`TemplateError`].
@@ -53,6 +54,7 @@ impl Making {
         if machine.ending().reason().is_some() {
             return Ok(false);
         }
+        self.image.write().map_err(super::file("memory"))?;
         state.write(&mut self.state)?;
         self.state.sync_all().map_err(super::file("state"))?;
         Ok(true)

@@ -1,8 +1,8 @@
 //! Templates: machines that were booted once, of which each pod is a clone.
 //!
-//! A machine that is to be a template has its memory in a file. When its agent has told that it is settled, the vCPUs
-//! and devices are parked, all that is not in the memory is written to a second file ([`MachineState`]), and the
-//! process ends ([`Making`]). A clone maps the memory privately: a page is shared until it is written. It begins where
+//! When the agent of a machine that is to be a template has told that it is settled, the vCPUs and devices are parked, the
+//! memory is written to a file ([`Image`]) and the rest to a second one ([`MachineState`]), and the process ends
+//! ([`Making`]). A clone maps the memory privately: a page is shared until it is written. It begins where
 //! the template ended, so its agent listens at once.
 //!
 //! What the two have in common is what the template was booted with: kernel, agent, command line, memory, vCPUs and
@@ -10,6 +10,7 @@
 //! looked at them. A parked device has served all that it took from its rings, so a ring's own used index says
 //! where it was, and needs no place in the state.
 
+mod image;
 mod making;
 mod memory;
 mod serial;
@@ -21,6 +22,7 @@ use std::io;
 use kvm_bindings::{kvm_clock_data, kvm_irqchip};
 use serde::{Deserialize, Serialize};
 
+pub use image::Image;
 pub use making::Making;
 pub use memory::Overlay;
 pub use serial::SerialPort;

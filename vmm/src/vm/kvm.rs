@@ -33,8 +33,6 @@ const NEEDED: [(Cap, &str); 5] = [
 pub enum Content<'a> {
     /// Nothing; the memory is this process's own.
     Nothing,
-    /// Nothing; the memory is this file, for others to clone.
-    File(&'a File),
     /// What a template left in this file, which stays as it is.
     Template(&'a File),
 }
@@ -288,7 +286,6 @@ fn map(vm: &VmFd, bytes: u64, content: Content<'_>) -> Result<GuestMemoryMmap, K
     let ranges = layout::memory_ranges(bytes);
     let memory = match content {
         Content::Nothing => memory::map(&ranges),
-        Content::File(file) => memory::map_file(&ranges, file),
         Content::Template(file) => memory::map(&ranges).and_then(|memory| {
             Overlay::new(file, bytes)?.lay(&memory)?;
             Ok(memory)

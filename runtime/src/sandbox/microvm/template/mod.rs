@@ -2,8 +2,10 @@
 //!
 //! A clone has the shape of its template, so there is a template for each [`Shape`]: the usual one is made when the daemon
 //! starts, any other when it is asked for the second time. A pod whose template is not there boots its kernel. Templates
-//! are in the state directory, which is in memory: `templates/<key>/` has `memory` and `state`, and the key says all that
+//! are in the state directory, in a file system in memory: `templates/<key>/` has `memory` and `state`, and the key says all that
 //! a template depends on, so one that fits no more is never found. What is in `templates/pods/` is being made.
+
+mod place;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
@@ -31,6 +33,8 @@ use crate::sandbox::{SandboxPlan, Scratch, take_back};
 pub const MAC: &str = "02:00:00:00:00:01";
 /// The MTU of a template's network device: the most that a clone's can have.
 const MTU: u16 = u16::MAX;
+/// The directory of templates in the state directory.
+const PLACE: &str = "templates";
 /// The most templates. Each holds in memory what a guest has written until it was settled.
 const MOST: usize = 4;
 /// How often a shape is asked for before there is a template of it.
@@ -109,8 +113,8 @@ impl Templates {
     pub fn new(pod: &PodConfig, user: u32) -> Self {
         Self {
             pod: PodConfig {
-                state_dir: pod.state_dir.join("templates"),
-                data_dir: pod.data_dir.join("templates"),
+                state_dir: pod.state_dir.join(PLACE),
+                data_dir: pod.data_dir.join(PLACE),
                 ..pod.clone()
             },
             user,
@@ -119,8 +123,16 @@ impl Templates {
         }
     }
 
-    /// Takes back what a daemon has left that ended while it made one.
-    pub async fn clean_up(&self, config: &MicroVmConfig) {
+    /// Removes what a daemon has left in this state directory whose successor uses no templates.
+    pub fn remove(state_dir: &Path) {
+        let place = state_dir.join(PLACE);
+        if let Err(error) = place::remove(&place) {
+            tracing::warn!(%error, place = %place.display(), "templates that nobody uses cannot be removed");
+        }
+    }
+
+    /// Prepares the place of templates, and takes back what a daemon has left that ended while it made one.
+    pub async fn prepare(&self, config: &MicroVmConfig) {
         let config = self.making(config);
         let left = fs::read_dir(self.pod.state_dir.join("pods"));
         for entry in left.into_iter().flatten().flatten() {
@@ -135,6 +147,9 @@ impl Templates {
             if entry.file_name().to_string_lossy().starts_with("new-") {
                 let _ = fs::remove_dir_all(entry.path());
             }
+        }
+        if let Err(error) = place::prepare(&self.pod.state_dir) {
+            tracing::warn!(%error, "templates share the state directory's file system");
         }
     }
 
