@@ -32,6 +32,7 @@ use crate::sandbox::microvm::{MicroVmConfig, Templates};
 use crate::sandbox::pod::PodConfig;
 use crate::store::{Store, StoreError};
 use crate::streaming::Backend;
+use crate::telemetry::Telemetry;
 
 /// The largest request, as the kubelet's own limit.
 const MAX_REQUEST: usize = 16 << 20;
@@ -118,6 +119,7 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
         network: Network::new(cni_config(&config), config.state.join("netns")),
         kvm: KvmProbe::new(config.clone()),
         boots: tokio::sync::Semaphore::new(boots()),
+        telemetry: telemetry(&config)?,
         config,
     });
     pods::recover(&context).await?;
@@ -170,7 +172,7 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
             ImageServiceServer::new(image_service::Service::new(context.clone()))
                 .max_decoding_message_size(MAX_REQUEST),
         )
-        .add_service(CliServer::new(cli_service::Service::new(context)))
+        .add_service(CliServer::new(cli_service::Service::new(context.clone())))
         .serve_with_incoming_shutdown(connections, async move {
             stop.await;
             tracing::info!("stopping; pods go on");
@@ -186,6 +188,12 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
         () = limit => Ok(()),
     };
     let _ = std::fs::remove_file(&socket);
+    if context.telemetry.is_some() {
+        let _ = tokio::task::spawn_blocking(move || {
+            context.telemetry.as_ref().map(Telemetry::shut_down)
+        })
+        .await;
+    }
     Ok(result?)
 }
 
@@ -257,6 +265,18 @@ fn microvm_config(config: &Config) -> MicroVmConfig {
             .templates
             .then(|| Arc::new(Templates::new(&pod_config(config), microvm.template_user()))),
     }
+}
+
+fn telemetry(config: &Config) -> Result<Option<Telemetry>, ConfigError> {
+    let endpoint = &config.telemetry.endpoint;
+    if endpoint.is_empty() {
+        return Ok(None);
+    }
+    let telemetry = Telemetry::new(endpoint).map_err(|error| ConfigError::Value {
+        key: "telemetry.endpoint",
+        cause: error.to_string(),
+    })?;
+    Ok(Some(telemetry))
 }
 
 /// How pods on the host are made, by the configuration.

@@ -20,5 +20,6 @@ pub mod session;
 pub mod steps;
 pub mod store;
 pub mod streaming;
+pub mod telemetry;
 pub mod timings;
 mod usage;

@@ -1,7 +1,7 @@
 //! How long each step of a pod's start took.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 /// One step.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -18,6 +18,7 @@ pub struct Step {
 #[derive(Clone, Debug)]
 pub struct Timings {
     began: Instant,
+    began_at: SystemTime,
     steps: Arc<Mutex<Vec<Step>>>,
 }
 
@@ -26,6 +27,7 @@ impl Timings {
     pub fn begin() -> Self {
         Self {
             began: Instant::now(),
+            began_at: SystemTime::now(),
             steps: Arc::default(),
         }
     }
@@ -48,6 +50,11 @@ impl Timings {
                 start,
                 duration,
             });
+    }
+
+    /// When the start began, by the clock on the wall.
+    pub fn began_at(&self) -> SystemTime {
+        self.began_at
     }
 
     /// The time since the start began.

@@ -211,6 +211,11 @@ const KEYS: &[(&str, &str, &str)] = &[
         "idle_timeout_seconds",
         "Seconds without a byte either way after which a client is cut off, 1 to 2592000.",
     ),
+    (
+        "telemetry",
+        "endpoint",
+        "An OpenTelemetry collector that takes OTLP over gRPC, such as \"http://127.0.0.1:4317\": each pod's start is a trace. Empty: none.",
+    ),
 ];
 
 /// The default configuration as a commented TOML file.

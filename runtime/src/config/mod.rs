@@ -50,6 +50,8 @@ pub struct Config {
     pub images: ImageSettings,
     /// The server of exec, attach and port-forward.
     pub streaming: StreamingSettings,
+    /// Where traces go.
+    pub telemetry: TelemetrySettings,
 }
 
 /// The kinds of sandbox.
@@ -197,6 +199,7 @@ impl Default for Config {
             cni: CniSettings::default(),
             images: ImageSettings::default(),
             streaming: StreamingSettings::default(),
+            telemetry: TelemetrySettings::default(),
         }
     }
 }
@@ -245,6 +248,14 @@ impl Default for MicroVmConfig {
             templates: false,
         }
     }
+}
+
+/// Where traces go.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TelemetrySettings {
+    /// The address of an OpenTelemetry collector (OTLP over gRPC), such as `http://127.0.0.1:4317`; empty: none.
+    pub endpoint: String,
 }
 
 impl Default for HostSettings {
@@ -439,6 +450,13 @@ impl Config {
                 "an idle client is cut off after 1 to 2592000 seconds",
             );
         }
+        let endpoint = &self.telemetry.endpoint;
+        if !endpoint.is_empty() && !is_collector(endpoint) {
+            return value(
+                "telemetry.endpoint",
+                "it must be the http:// address of a collector that takes OTLP over gRPC without TLS, such as http://127.0.0.1:4317",
+            );
+        }
         if !self.handlers.contains_key(&self.default_handler) {
             return value(
                 "default_handler",
@@ -573,6 +591,12 @@ fn find(
                 .collect::<Vec<_>>()
                 .join(", "),
         })
+}
+
+fn is_collector(endpoint: &str) -> bool {
+    endpoint
+        .parse()
+        .is_ok_and(|uri: http::Uri| uri.scheme_str() == Some("http") && uri.authority().is_some())
 }
 
 #[cfg(test)]

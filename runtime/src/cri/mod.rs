@@ -30,6 +30,7 @@ use crate::image::Images;
 use crate::network::Network;
 use crate::sandbox::host::HostConfig;
 use crate::sandbox::microvm::MicroVmConfig;
+use crate::telemetry::Telemetry;
 use registry::Registry;
 
 /// What every call works with.
@@ -52,6 +53,8 @@ pub struct Context {
     pub streaming: caisson_streaming::Endpoint,
     /// The right to boot a guest.
     pub boots: tokio::sync::Semaphore,
+    /// Where the steps of pods' starts are told, if a collector is configured.
+    pub telemetry: Option<Telemetry>,
 }
 
 /// The name of this runtime in the interface.

@@ -12,6 +12,7 @@ use super::containers::{self, exec, log, stats};
 use super::{Context, CriError, RUNTIME_NAME, conditions, detached, listing, metrics, pods};
 use crate::sandbox::ids;
 use crate::streaming;
+use crate::telemetry::Caller;
 
 type Answer<T> = Result<Response<T>, Status>;
 
@@ -112,8 +113,10 @@ impl RuntimeService for Service {
         &self,
         request: Request<cri::RunPodSandboxRequest>,
     ) -> Answer<cri::RunPodSandboxResponse> {
+        let caller = Caller::of(request.metadata());
         let (context, request) = (self.context.clone(), request.into_inner());
-        let pod_sandbox_id = detached(async move { pods::run(&context, request).await }).await?;
+        let run = async move { pods::run(&context, request, &caller).await };
+        let pod_sandbox_id = detached(run).await?;
         ok(cri::RunPodSandboxResponse { pod_sandbox_id })
     }
 

@@ -360,11 +360,11 @@ fn failed(what: &'static str, cause: impl std::fmt::Display) -> StoreError {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use caisson_proto::cri;
 
-    fn sandbox(id: &str, name: &str) -> SandboxRecord {
+    pub(crate) fn sandbox(id: &str, name: &str) -> SandboxRecord {
         SandboxRecord {
             id: id.into(),
             name: name.into(),

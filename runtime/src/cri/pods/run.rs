@@ -15,6 +15,7 @@ use crate::network::PodNetwork;
 use crate::sandbox::{HostNamespaces, SandboxPlan};
 use crate::steps::{self, Step};
 use crate::store::{NetworkRecord, Proto, SandboxRecord, SandboxState};
+use crate::telemetry::Caller;
 use crate::timings::Timings;
 
 /// The longest hostname of Linux.
@@ -28,6 +29,7 @@ const MAX_HOSTNAME: usize = 64;
 pub async fn run(
     context: &Arc<Context>,
     request: cri::RunPodSandboxRequest,
+    caller: &Caller,
 ) -> Result<String, CriError> {
     let config = request
         .config
@@ -54,7 +56,13 @@ pub async fn run(
     let pod = context.registry.create_pod(record).await?;
     steps::done(Step::RunRecorded);
     let _making = pod.lifecycle.write().await;
-    match make(context, &pod).await {
+    let timings = Timings::begin();
+    let made = make(context, &pod, timings.clone()).await;
+    if let Some(telemetry) = &context.telemetry {
+        let error = made.as_ref().err().map(|error| error.message.as_str());
+        telemetry.pod_started(caller, &pod.record(), &timings, error);
+    }
+    match made {
         Ok(()) => {
             tracing::info!(pod = pod.id, "the pod is ready");
             for kind in [
@@ -140,8 +148,7 @@ fn check(
 
 /// The steps, in order: the network first, because the machine is built with its tap; the record is ready last,
 /// because then containers may come.
-async fn make(context: &Arc<Context>, pod: &Arc<Pod>) -> Result<(), CriError> {
-    let timings = Timings::begin();
+async fn make(context: &Arc<Context>, pod: &Arc<Pod>, timings: Timings) -> Result<(), CriError> {
     let record = pod.record();
     let ids = spec::user_ids(&namespaces(&record.config.0))?;
     let network = if wants_network(&record.config.0)? {
