@@ -50,8 +50,8 @@ steps! {
     }
     /// RunPodSandbox, of a microVM.
     RUN_MICROVM {
-        /// The tap is beside the interface.
-        TapMade,
+        /// The tap and the interface have each other's frames.
+        TapJoined,
         /// The share is mounted.
         ShareMade,
     }

@@ -115,6 +115,7 @@ impl From<StoreError> for CriError {
 impl From<SandboxError> for CriError {
     fn from(error: SandboxError) -> Self {
         let code = match &error {
+            SandboxError::Network(error) => return error.clone().into(),
             SandboxError::Ended { .. } => Code::FailedPrecondition,
             SandboxError::Share { .. } => Code::InvalidArgument,
             SandboxError::Dial { .. } => Code::Unavailable,

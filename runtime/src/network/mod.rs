@@ -10,10 +10,11 @@ mod tap;
 use std::collections::HashSet;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures::future::{BoxFuture, Shared};
 use tokio::sync::{Mutex, RwLock};
 
 use cni::Seen;
@@ -25,13 +26,23 @@ use crate::steps::{self, Step};
 /// How long a plugin's word on its own readiness holds.
 const RECENT: Duration = Duration::from_secs(2);
 
+/// What of a pod's network is there before CNI plugins are asked: a sandbox can be started with it.
+#[derive(Clone, Debug)]
+pub struct Port {
+    /// The network namespace's path.
+    pub netns: PathBuf,
+    /// The tap that will carry the interface's frames; `None` for a pod on the host.
+    pub tap: Option<Arc<OwnedFd>>,
+}
+
+/// A pod's network that is being made while its sandbox starts; `None`: it has none. Each copy yields what came of it.
+pub type Coming = Shared<BoxFuture<'static, Result<Option<PodNetwork>, NetworkError>>>;
+
 /// A pod's network as the sandbox needs it.
 #[derive(Clone, Debug)]
 pub struct PodNetwork {
     /// The network namespace's path.
     pub netns: PathBuf,
-    /// The tap that carries the interface's frames; `None` for a pod on the host and one that is found again.
-    pub tap: Option<Arc<OwnedFd>>,
     /// The interface as the guest shall have it.
     pub interface: Interface,
     /// The routes of the namespace.
@@ -181,48 +192,49 @@ impl Network {
         self.netns_dir.join(format!("caisson-{id}"))
     }
 
-    /// Makes the pod's network namespace, lets the CNI plugins fill it, and puts a tap beside their interface if a guest
-    /// is to have it. What was made is unmade again if a step fails. With `ids` the network namespace belongs to a user
-    /// namespace that has them.
+    /// Makes the pod's network namespace, and a tap in it if a guest is to have it. With `ids` the network namespace belongs to a
+    /// user namespace that has them. What was made is unmade by [`Network::teardown`], also after a failure.
+    ///
+    /// # Errors
+    /// [`NetworkError::NotConfigured`] before anything is made; [`NetworkError::Host`].
+    pub async fn prepare(
+        &self,
+        pod: &PodIdentity,
+        guest: bool,
+        ids: Option<UserIds>,
+    ) -> Result<Port, NetworkError> {
+        self.cni.load_seen()?;
+        let netns = self.netns_path(&pod.id);
+        netns::create(&pod.id, netns.clone(), ids).await?;
+        steps::done(Step::NamespaceMade);
+        let tap = match guest {
+            true => Some(Arc::new(tap::open(&pod.id, netns.clone()).await?)),
+            false => None,
+        };
+        Ok(Port { netns, tap })
+    }
+
+    /// Lets the CNI plugins fill the network namespace, and joins their interface to the tap. What was made is unmade by
+    /// [`Network::teardown`], also after a failure.
     ///
     /// # Errors
     /// [`NetworkError`]: the step or plugin that failed and why.
-    pub async fn setup(
+    pub async fn connect(
         &self,
         pod: &PodIdentity,
-        guest: bool,
-        ids: Option<UserIds>,
+        port: &Port,
     ) -> Result<PodNetwork, NetworkError> {
         let _together = self.attachments.read().await;
-        let netns = self.netns_path(&pod.id);
-        let made = self.try_setup(pod, &netns, guest, ids).await;
-        if made.is_err()
-            && let Err(error) = self.release(pod).await
-        {
-            tracing::warn!(pod = pod.id, %error, "the half-made network could not be unmade");
-        }
-        made
-    }
-
-    async fn try_setup(
-        &self,
-        pod: &PodIdentity,
-        netns: &Path,
-        guest: bool,
-        ids: Option<UserIds>,
-    ) -> Result<PodNetwork, NetworkError> {
-        netns::create(&pod.id, netns.to_owned(), ids).await?;
-        steps::done(Step::NamespaceMade);
+        let netns = &port.netns;
         self.cni.add(pod, netns).await?;
         steps::done(Step::AttachmentMade);
-        let (path, name) = (netns.to_owned(), cni::INTERFACE.to_owned());
-        let (interface, routes, tap) = tap::attach(&pod.id, path, name, guest).await?;
-        if guest {
-            steps::done(Step::TapMade);
+        let (path, name) = (netns.clone(), cni::INTERFACE.to_owned());
+        let (interface, routes) = tap::attach(&pod.id, path, name, port.tap.is_some()).await?;
+        if port.tap.is_some() {
+            steps::done(Step::TapJoined);
         }
         Ok(PodNetwork {
-            netns: netns.to_owned(),
-            tap: tap.map(Arc::new),
+            netns: netns.clone(),
             interface,
             routes,
         })

@@ -30,30 +30,32 @@ const MAIN_TABLE: u32 = 254;
 
 nix::ioctl_write_int!(tun_set_iff, b'T', 202);
 
-/// Reads the CNI interface's properties and, for a `guest`, joins it to a new tap, whose descriptor is the VMM's side.
+/// Makes the tap. It lives as long as its descriptor, which is the VMM's side.
+pub async fn open(id: &str, path: PathBuf) -> Result<OwnedFd, NetworkError> {
+    netns::inside(id, "make a tap", path, open_tap).await
+}
+
+/// Reads the CNI interface's properties and, for a `guest`, joins it to the tap.
 pub async fn attach(
     id: &str,
     path: PathBuf,
     interface: String,
     guest: bool,
-) -> Result<(Interface, Vec<Route>, Option<OwnedFd>), NetworkError> {
+) -> Result<(Interface, Vec<Route>), NetworkError> {
     let step = if guest {
         "attach a tap to the CNI interface"
     } else {
         "read the CNI interface"
     };
     netns::inside(id, step, path, move || {
-        let tap = guest.then(open_tap).transpose()?;
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
-        let (interface, routes) = runtime.block_on(join(&interface, guest))?;
-        Ok((interface, routes, tap))
+        runtime.block_on(join(&interface, guest))
     })
     .await
 }
 
-/// Makes the tap. It lives as long as its descriptor.
 fn open_tap() -> io::Result<OwnedFd> {
     let file = OpenOptions::new()
         .read(true)

@@ -24,7 +24,7 @@ use tonic::transport::Channel;
 use self::ids::UserIds;
 use self::pod::PodProcess;
 pub use self::pod::health::{self, Health};
-use crate::network::PodNetwork;
+use crate::network::{NetworkError, Port};
 use crate::timings::Timings;
 
 /// The place of a pod's writable layers, and the most bytes that all of them may hold together.
@@ -65,8 +65,8 @@ pub struct SandboxPlan {
     pub memory_mib: u32,
     /// The cgroup in which the kubelet accounts for the pod; empty: the daemon's default.
     pub cgroup_parent: String,
-    /// The pod's network; `None` leaves it with a loopback device.
-    pub network: Option<PodNetwork>,
+    /// Where the pod's network will be; `None` leaves it with a loopback device.
+    pub port: Option<Port>,
     /// Whether containers share one PID namespace.
     pub shared_pid_namespace: bool,
     /// Sysctls of the pod, by dotted name.
@@ -177,6 +177,9 @@ pub enum SandboxError {
         /// What is known of it.
         cause: String,
     },
+    /// The pod's network could not be made meanwhile.
+    #[error(transparent)]
+    Network(NetworkError),
     /// The sandbox has ended.
     #[error("the sandbox of pod {id} has ended: {reason}")]
     Ended {

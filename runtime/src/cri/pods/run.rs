@@ -11,12 +11,13 @@ use super::{
     watch,
 };
 use crate::config::HandlerKind;
-use crate::network::PodNetwork;
+use crate::network::{Coming, NetworkError, PodNetwork};
 use crate::sandbox::{HostNamespaces, SandboxPlan};
 use crate::steps::{self, Step};
 use crate::store::{NetworkRecord, Proto, SandboxRecord, SandboxState};
 use crate::telemetry::Caller;
 use crate::timings::Timings;
+use futures::future::{self, FutureExt};
 
 /// The longest hostname of Linux.
 const MAX_HOSTNAME: usize = 64;
@@ -146,23 +147,21 @@ fn check(
     Ok((name, kind))
 }
 
-/// The steps, in order: the network first, because the machine is built with its tap; the record is ready last,
-/// because then containers may come.
+/// The steps, in order: a place for the network first, because the machine is built with its tap; what CNI does there, and
+/// the machine; the record is ready last, because then containers may come.
 async fn make(context: &Arc<Context>, pod: &Arc<Pod>, timings: Timings) -> Result<(), CriError> {
     let record = pod.record();
     let ids = spec::user_ids(&namespaces(&record.config.0))?;
-    let network = if wants_network(&record.config.0)? {
+    let port = if wants_network(&record.config.0)? {
         let identity = identity(&record);
         let guest = record.kind == HandlerKind::MicroVm;
         // A guest has namespaces of its own, with an owner of its own.
         let owner = ids.filter(|_| !guest);
-        let setup = context.network.setup(&identity, guest, owner);
-        Some(timings.step("network", setup).await?)
+        let prepare = context.network.prepare(&identity, guest, owner);
+        Some(timings.step("network namespace", prepare).await?)
     } else {
         None
     };
-    pod.change(|record| record.network = network.as_ref().map(shown));
-
     let config = &record.config.0;
     let linux = config.linux.clone().unwrap_or_default();
     let (vcpus, memory_mib) = size::machine(config, &context.config.microvm);
@@ -177,7 +176,7 @@ async fn make(context: &Arc<Context>, pod: &Arc<Pod>, timings: Timings) -> Resul
         vcpus,
         memory_mib,
         cgroup_parent: linux.cgroup_parent,
-        network,
+        port,
         shared_pid_namespace: shares_pid(config),
         sysctls: linux.sysctls.into_iter().collect(),
         scratch,
@@ -188,13 +187,40 @@ async fn make(context: &Arc<Context>, pod: &Arc<Pod>, timings: Timings) -> Resul
         ids,
         user: record.user,
     };
-    let sandbox = sandbox::start(context, record.kind, &plan, timings).await?;
+    let network = connect(context, pod, &plan, timings.clone());
+    let started = sandbox::start(context, record.kind, &plan, network.clone(), timings).await;
+    // What has failed is taken back, so that nothing of it may be under way any more.
+    let network = network.await;
+    let sandbox = started?;
+    pod.change(|record| record.network = network.ok().flatten().as_ref().map(shown));
     pod.set_sandbox(Some(sandbox));
     pod.change(|record| record.state = SandboxState::Ready);
     context.registry.save_pod(pod).await?;
     steps::done(Step::RunSaved);
     watch::watch(context, pod);
     Ok(())
+}
+
+/// Lets CNI make the pod's network, beside the sandbox's own start.
+fn connect(context: &Arc<Context>, pod: &Arc<Pod>, plan: &SandboxPlan, timings: Timings) -> Coming {
+    let Some(port) = plan.port.clone() else {
+        return future::ready(Ok(None)).boxed().shared();
+    };
+    let (context, identity) = (context.clone(), identity(&pod.record()));
+    let id = pod.id.clone();
+    let connecting = tokio::spawn(async move {
+        let connect = context.network.connect(&identity, &port);
+        timings.step("network", connect).await
+    });
+    let connected = async move {
+        let network = connecting.await.map_err(|error| NetworkError::Host {
+            step: "make the network",
+            id,
+            cause: error.to_string(),
+        })?;
+        network.map(Some)
+    };
+    connected.boxed().shared()
 }
 
 /// What is remembered of a network.

@@ -15,6 +15,7 @@ use nix::unistd::setsid;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::{Host, HostConfig};
+use crate::network::{Coming, PodNetwork};
 use crate::sandbox::pod::cgroup::{self, Groups};
 use crate::sandbox::pod::control::{self, Control};
 use crate::sandbox::pod::dir::{PodDir, listen};
@@ -28,7 +29,7 @@ const AGENT_TIMEOUT: Duration = Duration::from_secs(30);
 
 impl Host {
     /// Makes the pod's directories and cgroup, starts its agent and its pod process, and lets the agent set up the
-    /// sandbox. The agent comes before the pod process, which is told whom to watch.
+    /// sandbox. The agent comes before the pod process, which is told whom to watch. The network comes before both.
     ///
     /// If a step fails everything is taken back, the plan's network excepted, which is the caller's.
     ///
@@ -37,9 +38,11 @@ impl Host {
     pub async fn start(
         plan: &SandboxPlan,
         config: &HostConfig,
+        network: Coming,
         timings: Timings,
     ) -> Result<Self, SandboxError> {
         let error = |step| SandboxError::at(&plan.id, step);
+        let network = network.await.map_err(SandboxError::Network)?;
         let dir = PodDir::new(&plan.id, &config.pod)?;
         let result = async {
             timings
@@ -52,7 +55,7 @@ impl Host {
                 .await
                 .map_err(error("reach the agent on the host"))?;
             timings
-                .step("set up sandbox", set_up(&host, plan))
+                .step("set up sandbox", set_up(&host, plan, network.as_ref()))
                 .await
                 .map_err(error("set up the sandbox on the host"))?;
             steps::done(Step::AgentReady);
@@ -112,8 +115,8 @@ fn arguments(plan: &SandboxPlan, config: &HostConfig, dir: &PodDir) -> Vec<OsStr
         "--images".into(),
         config.layers.clone().into(),
     ];
-    match &plan.network {
-        Some(network) => all.extend(["--netns".into(), network.netns.clone().into()]),
+    match &plan.port {
+        Some(port) => all.extend(["--netns".into(), port.netns.clone().into()]),
         None if plan.host.network => {}
         None => all.push("--new-net".into()),
     }
@@ -198,7 +201,7 @@ fn join(
             gid: plan.user,
         }),
     };
-    let netns = plan.network.as_ref().map(|network| network.netns.as_path());
+    let netns = plan.port.as_ref().map(|port| port.netns.as_path());
     let socket = process::start(&config.pod.vmm, dir, netns, |pid| {
         cgroup::join(&groups.process, pid)
     })?;
@@ -231,14 +234,14 @@ async fn wait_for_agent(control: &Control, dir: &PodDir) -> io::Result<()> {
     }))
 }
 
-async fn set_up(host: &Host, plan: &SandboxPlan) -> io::Result<()> {
+async fn set_up(host: &Host, plan: &SandboxPlan, network: Option<&PodNetwork>) -> io::Result<()> {
     let request = proto::SetupSandboxRequest {
         hostname: plan.hostname.clone(),
         dns_servers: plan.dns.servers.clone(),
         dns_searches: plan.dns.searches.clone(),
         dns_options: plan.dns.options.clone(),
         // Configured already; for the hosts file.
-        interfaces: agent::interfaces(plan.network.as_ref(), ""),
+        interfaces: agent::interfaces(network, ""),
         sysctls: plan.sysctls.iter().cloned().collect(),
         shared_pid_namespace: plan.shared_pid_namespace,
         user_namespace: agent::user_namespace(plan.ids.as_ref()),

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -14,9 +14,9 @@ use caisson_vmm_protocol::{
 };
 
 use super::share::{GUEST_PATH, Share};
-use super::template::{self, Shape, Template};
+use super::template::{Shape, Template};
 use super::{LAYERS_SERIAL, MicroVm, MicroVmConfig, PROCESS_MIB};
-use crate::network::PodNetwork;
+use crate::network::{Coming, PodNetwork};
 use crate::sandbox::pod::control::{self, Control};
 use crate::sandbox::pod::dir::{PodDir, listen};
 use crate::sandbox::pod::{Fds, cgroup, process, scratch};
@@ -32,6 +32,11 @@ const SCRATCH_SERIAL: &str = "caisson-scratch";
 const GUEST_CID: u32 = 3;
 /// The most console output that is kept, in bytes.
 const CONSOLE_LIMIT: u64 = 1 << 20;
+/// The MAC of a network device until the agent gives it the pod's, before it is up: the pod's is not known when the
+/// machine starts.
+const MAC: &str = "02:00:00:00:00:01";
+/// The MTU of a network device until the agent gives it the pod's: the most that one can have.
+const MTU: u16 = u16::MAX;
 /// How much entropy a guest is given at its start, in bytes.
 const ENTROPY: usize = 64;
 /// The kernel command line: serial console, no time spent on probing what a guest does not have, and a panic
@@ -42,9 +47,10 @@ const CMDLINE: &str = "console=ttyS0 earlyprintk=ttyS0,115200 quiet panic=-1 reb
 impl MicroVm {
     /// Makes the pod's directory, share and disk, starts its pod process, boots the guest and lets the agent
     /// set up the sandbox. The steps depend on each other in this order: the machine is built from descriptors of
-    /// what the first ones made, and the agent answers only in a running guest.
+    /// what the first ones made, and the agent answers only in a running guest. The network comes meanwhile: the agent
+    /// alone needs to know it.
     ///
-    /// If a step fails everything is taken back, the plan's network excepted, which is the caller's. A guest that
+    /// If a step fails everything is taken back, the network excepted, which is the caller's. A guest that
     /// resets itself before its agent has answered has done nothing yet, so it is booted once more, and the log says so.
     /// Where there is a template of its shape, the pod is a clone of that.
     ///
@@ -54,14 +60,20 @@ impl MicroVm {
     pub async fn start(
         plan: &SandboxPlan,
         config: &MicroVmConfig,
+        network: Coming,
         timings: Timings,
     ) -> Result<Self, SandboxError> {
         let shape = Shape::of(plan);
         let templates = config.templates.as_ref();
+        let once = async |template: Option<&Template>| {
+            let (network, timings) = (network.clone(), timings.clone());
+            Self::start_once(plan, config, network, timings, template).await
+        };
         if let Some((templates, template)) =
             templates.and_then(|templates| Some((templates, templates.find(&shape, config)?)))
         {
-            match Self::start_once(plan, config, timings.clone(), Some(&template)).await {
+            match once(Some(&template)).await {
+                Err(error @ SandboxError::Network(_)) => return Err(error),
                 Err(error) => {
                     tracing::warn!(%error, "the pod could not be a clone; it boots its kernel");
                     templates.discard(&template);
@@ -69,10 +81,10 @@ impl MicroVm {
                 started => return started,
             }
         }
-        match Self::start_once(plan, config, timings.clone(), None).await {
+        match once(None).await {
             Err(error @ SandboxError::Reset { .. }) => {
                 tracing::warn!(%error, "booting the guest once more");
-                Self::start_once(plan, config, timings, None).await
+                once(None).await
             }
             other => other,
         }
@@ -81,52 +93,25 @@ impl MicroVm {
     async fn start_once(
         plan: &SandboxPlan,
         config: &MicroVmConfig,
+        network: Coming,
         timings: Timings,
         template: Option<&Template>,
     ) -> Result<Self, SandboxError> {
-        let error = |step| SandboxError::at(&plan.id, step);
-        let dir = PodDir::new(&plan.id, &config.pod)?;
-        let share = Share::new(&plan.id, &dir);
         let result = async {
-            let parts = timings
-                .step(
-                    "prepare share and disk",
-                    prepare(plan, config, &dir, &share),
-                )
-                .await
-                .map_err(error("prepare the share and disk"))?;
-            let boot_began = timings.elapsed();
-            timings
-                .step("start caisson-vmm", async {
-                    let mut fds = Fds::default();
-                    let machine = machine(plan, parts, template, &mut fds)?;
-                    boot(machine, config, &dir, fds, plan.network.clone()).await
-                })
-                .await
-                .map_err(error("boot the virtual machine"))?;
-            let vm = Self::with(&plan.id, dir.clone(), timings.clone()).await;
+            let machine = Self::start_machine(plan, config, &timings, template);
+            let (machine, network) = tokio::join!(machine, network);
+            let (vm, boot_began) = machine?;
+            let network = network.map_err(SandboxError::Network)?;
             timings
                 .step(
-                    if template.is_some() {
-                        "resume guest"
-                    } else {
-                        "boot guest"
-                    },
-                    wait_for_agent(&vm.pod.control, &dir, config.start_timeout),
+                    "set up sandbox in guest",
+                    set_up(&vm, plan, network.as_ref()),
                 )
                 .await
-                .map_err(|cause| match cause.kind() {
-                    io::ErrorKind::ConnectionReset => SandboxError::Reset {
-                        id: plan.id.clone(),
-                        cause: cause.to_string(),
-                    },
-                    _ => error("boot the guest")(cause),
-                })?;
-            let current_mac = template.map_or("", |_| template::MAC);
-            timings
-                .step("set up sandbox in guest", set_up(&vm, plan, current_mac))
-                .await
-                .map_err(error("set up the sandbox in the guest"))?;
+                .map_err(SandboxError::at(
+                    &plan.id,
+                    "set up the sandbox in the guest",
+                ))?;
             steps::done(Step::AgentReady);
             vm.note_spans(boot_began).await;
             Ok(vm)
@@ -136,6 +121,53 @@ impl MicroVm {
             take_back(&plan.id, Self::recover(&plan.id, config)).await;
         }
         result
+    }
+
+    /// A machine whose agent answers, and when its pod process was begun with.
+    async fn start_machine(
+        plan: &SandboxPlan,
+        config: &MicroVmConfig,
+        timings: &Timings,
+        template: Option<&Template>,
+    ) -> Result<(Self, Duration), SandboxError> {
+        let error = |step| SandboxError::at(&plan.id, step);
+        let dir = PodDir::new(&plan.id, &config.pod)?;
+        let share = Share::new(&plan.id, &dir);
+        let parts = timings
+            .step(
+                "prepare share and disk",
+                prepare(plan, config, &dir, &share),
+            )
+            .await
+            .map_err(error("prepare the share and disk"))?;
+        let boot_began = timings.elapsed();
+        timings
+            .step("start caisson-vmm", async {
+                let mut fds = Fds::default();
+                let machine = machine(plan, parts, template, &mut fds);
+                boot(machine, config, &dir, fds, plan.port.clone()).await
+            })
+            .await
+            .map_err(error("boot the virtual machine"))?;
+        let vm = Self::with(&plan.id, dir.clone(), timings.clone()).await;
+        let step = match template {
+            Some(_) => "resume guest",
+            None => "boot guest",
+        };
+        timings
+            .step(
+                step,
+                wait_for_agent(&vm.pod.control, &dir, config.start_timeout),
+            )
+            .await
+            .map_err(|cause| match cause.kind() {
+                io::ErrorKind::ConnectionReset => SandboxError::Reset {
+                    id: plan.id.clone(),
+                    cause: cause.to_string(),
+                },
+                _ => error("boot the guest")(cause),
+            })?;
+        Ok((vm, boot_began))
     }
 
     /// Adds the pod process's own steps to the pod's.
@@ -219,19 +251,20 @@ fn machine(
     parts: Parts,
     template: Option<&Template>,
     fds: &mut Fds,
-) -> io::Result<Machine> {
-    Ok(Machine {
+) -> Machine {
+    let taps = plan.port.iter().filter_map(|port| port.tap.as_ref());
+    Machine {
         id: plan.id.clone(),
         vcpus: plan.vcpus,
         memory_mib: plan.memory_mib,
         user: plan.user,
-        nets: net(plan.network.as_ref(), fds)?,
+        nets: taps.map(|tap| net(tap.as_ref(), fds)).collect(),
         template: template.map(|template| template.lend(fds)),
-        netns: plan.network.as_ref().map(|network| network.netns.clone()),
+        netns: plan.port.as_ref().map(|port| port.netns.clone()),
         cgroup_parent: plan.cgroup_parent.clone(),
         share_root: parts.share_root,
         scratch: parts.scratch,
-    })
+    }
 }
 
 /// The words that a guest's kernel is started with.
@@ -336,19 +369,13 @@ pub async fn boot(
     }
 }
 
-fn net(network: Option<&PodNetwork>, fds: &mut Fds) -> io::Result<Vec<NetConfig>> {
-    let Some(network) = network else {
-        return Ok(Vec::new());
-    };
-    let tap = network
-        .tap
-        .as_ref()
-        .ok_or_else(|| io::Error::other("the pod's network has no tap"))?;
-    Ok(vec![NetConfig {
-        tap: fds.push(tap.as_ref()),
-        mac: network.interface.mac.clone(),
-        mtu: u16::try_from(network.interface.mtu).unwrap_or(u16::MAX),
-    }])
+/// A network device whose frames go through `tap`.
+pub fn net(tap: &impl AsRawFd, fds: &mut Fds) -> NetConfig {
+    NetConfig {
+        tap: fds.push(tap),
+        mac: MAC.to_owned(),
+        mtu: MTU,
+    }
 }
 
 /// A pod process that did not answer has often said why.
@@ -385,7 +412,7 @@ async fn wait_for_agent(control: &Control, dir: &PodDir, limit: Duration) -> io:
     Err(io::Error::new(kind, said))
 }
 
-async fn set_up(vm: &MicroVm, plan: &SandboxPlan, current_mac: &str) -> io::Result<()> {
+async fn set_up(vm: &MicroVm, plan: &SandboxPlan, network: Option<&PodNetwork>) -> io::Result<()> {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_err(io::Error::other)?;
@@ -396,8 +423,8 @@ async fn set_up(vm: &MicroVm, plan: &SandboxPlan, current_mac: &str) -> io::Resu
         dns_servers: plan.dns.servers.clone(),
         dns_searches: plan.dns.searches.clone(),
         dns_options: plan.dns.options.clone(),
-        interfaces: agent::interfaces(plan.network.as_ref(), current_mac),
-        routes: routes(plan.network.as_ref()),
+        interfaces: agent::interfaces(network, MAC),
+        routes: routes(network),
         shared_mounts: vec![proto::SharedMount {
             tag: SHARE_TAG.into(),
             path: GUEST_PATH.into(),

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use caisson_vmm_protocol::{ExitReason, NetConfig, TemplateConfig, TemplateRole};
+use caisson_vmm_protocol::{ExitReason, TemplateConfig, TemplateRole};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
@@ -29,10 +29,6 @@ use crate::sandbox::pod::dir::PodDir;
 use crate::sandbox::pod::{Fds, PodConfig, scratch};
 use crate::sandbox::{SandboxPlan, Scratch, take_back};
 
-/// The MAC of a template's network device; that of a clone is the pod's before it is up.
-pub const MAC: &str = "02:00:00:00:00:01";
-/// The MTU of a template's network device: the most that a clone's can have.
-const MTU: u16 = u16::MAX;
 /// The directory of templates in the state directory.
 const PLACE: &str = "templates";
 /// The most templates. Each holds in memory what a guest has written until it was settled.
@@ -63,7 +59,7 @@ impl Shape {
                 Scratch::Disk { bytes, .. } => Some(scratch::size(bytes)),
                 Scratch::Memory { .. } => None,
             },
-            network: plan.network.is_some(),
+            network: plan.port.is_some(),
         }
     }
 }
@@ -277,11 +273,7 @@ impl Templates {
         let mut nets = Vec::new();
         let cable = UnixDatagram::pair()?;
         if shape.network {
-            nets.push(NetConfig {
-                tap: fds.push(&cable.0),
-                mac: MAC.to_owned(),
-                mtu: MTU,
-            });
+            nets.push(start::net(&cable.0, &mut fds));
         }
         let machine = Machine {
             id: key.to_owned(),
