@@ -23,6 +23,7 @@ use crate::template::{Image, MachineState, Making, TemplateError};
 use crate::threads::{self, ConfineError};
 use crate::timeline::Timeline;
 use crate::transport::mmio::MmioTransport;
+use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::{Block, Layers};
 use crate::virtio::fs::{Fs, ShareRoot};
 use crate::virtio::net::Net;
@@ -297,6 +298,7 @@ fn create_devices(
         all.push(Box::new(vsock));
     }
     all.push(Box::new(Rng::new()));
+    all.push(Box::new(Balloon::new()));
     // Taking the share closes its descriptor, which would be a way out of the jail.
     let share = config.share.take().map(|share| match config.jail {
         Some(_) => Fs::new(&share.tag, ShareRoot::Pivoted).map_err(device("share")),

@@ -11,6 +11,7 @@ mod tests;
 
 pub use crate::control::fuzzing::control;
 pub use crate::logs::fuzzing::logs;
+pub use crate::virtio::balloon::fuzzing::balloon;
 pub use crate::virtio::blk::fuzzing::blk;
 pub use crate::virtio::fs::fuzzing::{fs, fuse};
 pub use crate::virtio::net::fuzzing::net;

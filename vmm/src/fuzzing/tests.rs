@@ -2,4 +2,4 @@
 
 include!("../../../tests/fuzz/seed_tests.rs");
 
-seeds!(blk bus control fs fuse logs net rng vsock vsock_packets);
+seeds!(balloon blk bus control fs fuse logs net rng vsock vsock_packets);

@@ -23,6 +23,8 @@ pub enum Kind {
     Net,
     /// Serves the entropy device.
     Rng,
+    /// Serves the balloon device.
+    Balloon,
     /// Carries streams between the guest and the host.
     Vsock,
     /// Serves the share.
@@ -38,12 +40,13 @@ pub enum Kind {
 }
 
 /// Every kind but the starter, whose filter is made of theirs.
-pub const KINDS: [Kind; 11] = [
+pub const KINDS: [Kind; 12] = [
     Kind::Main,
     Kind::Vcpu,
     Kind::Block,
     Kind::Net,
     Kind::Rng,
+    Kind::Balloon,
     Kind::Vsock,
     Kind::Fs,
     Kind::Console,
@@ -241,7 +244,7 @@ impl Kind {
             Self::Vcpu => &[ALL, VCPU],
             Self::Block => &[ALL, EVENTS, BLOCK],
             Self::Net => &[ALL, EVENTS, NET],
-            Self::Rng => &[ALL, EVENTS],
+            Self::Rng | Self::Balloon => &[ALL, EVENTS],
             Self::Vsock => &[ALL, EVENTS, VSOCK],
             Self::Fs => &[ALL, EVENTS, FS],
             Self::Console => &[ALL],
@@ -286,6 +289,11 @@ fn rules(kind: Kind) -> Result<BTreeMap<c_long, Vec<SeccompRule>>, seccompiler::
             call,
             vec![argument(2, SeccompCmpOp::MaskedEq(executable), 0)?],
         );
+    }
+    // What a guest reports is thrown away; nothing else is done to its memory.
+    if kind == Kind::Balloon {
+        let throw_away = argument(2, SeccompCmpOp::Eq, libc::MADV_DONTNEED as u64)?;
+        rules.insert(libc::SYS_madvise, vec![throw_away]);
     }
     let commands: Result<Vec<_>, _> = FCNTL
         .into_iter()

@@ -441,6 +441,7 @@ impl MmioTransport {
         let queues: Option<Vec<_>> = self
             .slots
             .iter()
+            .take(self.device.queues(self.driver_features))
             .enumerate()
             .map(|(index, slot)| {
                 Some(ActiveQueue {

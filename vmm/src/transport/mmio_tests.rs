@@ -7,6 +7,8 @@ use super::*;
 use crate::virtio::DeviceError;
 
 const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1;
+/// A driver that accepts this does without the second queue.
+const ONE_QUEUE: u64 = 2;
 const V1: u64 = 1 << VIRTIO_F_VERSION_1;
 
 /// A device that only notes what happens to it.
@@ -35,8 +37,12 @@ impl VirtioDevice for Device {
         &[8, 16]
     }
 
+    fn queues(&self, features: u64) -> usize {
+        if features & ONE_QUEUE == 0 { 2 } else { 1 }
+    }
+
     fn features(&self) -> u64 {
-        FEATURES
+        FEATURES | ONE_QUEUE
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -412,4 +418,18 @@ fn a_clones_device_goes_on_where_its_templates_was() {
     );
     let more = serde_json::from_str(&more).unwrap();
     assert!(clone.transport.restore(&more).is_err());
+}
+
+#[test]
+fn a_queue_without_its_feature_need_not_be_ready() {
+    for (features, status) in [(V1 | ONE_QUEUE, 0xf), (V1, 0xf | NEEDS_RESET)] {
+        let mut driver = Driver::new(false);
+        driver.negotiate(features);
+        driver.queue(0, 8, 0x1000);
+        driver.driver_ok();
+        assert_eq!(driver.status(), status);
+        let last = driver.seen.last.lock().unwrap();
+        let queues = last.as_ref().map(|activation| activation.queues.len());
+        assert_eq!(queues, (status == 0xf).then_some(1));
+    }
 }

@@ -43,6 +43,11 @@ impl<'m> Buffers<'m> {
         self.len == 0
     }
 
+    /// The slices that are left, in order; some may be empty.
+    pub fn slices(&self) -> impl Iterator<Item = &VolatileSlice<'m>> {
+        self.slices.iter()
+    }
+
     /// Copies bytes out, as many as there are and `into` takes, and consumes them.
     pub fn read(&mut self, into: &mut [u8]) -> usize {
         let mut done = 0;

@@ -7,6 +7,7 @@
 //! Everything read from guest memory is hostile. A device that finds a ring it cannot go on with returns
 //! [`DeviceError`]; the machine then ends with that as its reason. It never panics.
 
+pub mod balloon;
 pub mod blk;
 pub mod buffers;
 pub mod fs;
@@ -61,7 +62,7 @@ pub struct Activation {
     pub memory: Memory,
     /// The device's interrupts.
     pub interrupt: Arc<dyn Interrupt>,
-    /// The device's queues, one for each of [`VirtioDevice::queue_sizes`], in order.
+    /// The device's queues in order, as many as [`VirtioDevice::queues`] says.
     pub queues: Vec<ActiveQueue>,
     /// The features both sides agreed on.
     pub features: u64,
@@ -103,6 +104,12 @@ pub trait VirtioDevice: Send {
 
     /// The largest size of each queue; their number is the number of queues.
     fn queue_sizes(&self) -> &[u16];
+
+    /// How many of its queues, from the first on, a driver sets up that has accepted these features. All, unless a
+    /// feature has a queue of its own.
+    fn queues(&self, _features: u64) -> usize {
+        self.queue_sizes().len()
+    }
 
     /// The features that the device offers, `VIRTIO_F_VERSION_1` among them.
     fn features(&self) -> u64;

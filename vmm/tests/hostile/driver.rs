@@ -8,14 +8,16 @@ pub const LAYERS: u64 = 1;
 pub const NET: u64 = 2;
 pub const VSOCK: u64 = 3;
 pub const RNG: u64 = 4;
-pub const FS: u64 = 5;
+pub const BALLOON: u64 = 5;
+pub const FS: u64 = 6;
 /// All of them, with the number of their queues.
-pub const DEVICES: [(&str, u64, u16); 6] = [
+pub const DEVICES: [(&str, u64, u16); 7] = [
     ("disk", DISK, 1),
     ("layers", LAYERS, 1),
     ("net", NET, 2),
     ("vsock", VSOCK, 3),
     ("rng", RNG, 1),
+    ("balloon", BALLOON, 3),
     ("fs", FS, 2),
 ];
 /// Where the windows are, and how large they are.
@@ -141,11 +143,12 @@ impl Queue {
 pub fn begin(p: &mut Program, device: u64) {
     let status = register(device, STATUS);
     p.write32(status, 0).write32(status, 1).write32(status, 3);
-    // VIRTIO_F_VERSION_1 and nothing else.
+    // VIRTIO_F_VERSION_1, and what a queue depends on: VIRTIO_BALLOON_F_REPORTING.
+    let more = if device == BALLOON { 1 << 5 } else { 0 };
     p.write32(register(device, DRIVER_FEATURES_SELECT), 1);
     p.write32(register(device, DRIVER_FEATURES), 1);
     p.write32(register(device, DRIVER_FEATURES_SELECT), 0);
-    p.write32(register(device, DRIVER_FEATURES), 0);
+    p.write32(register(device, DRIVER_FEATURES), more);
     p.write32(status, 0xb);
 }
 

@@ -111,7 +111,48 @@ fn rings_where_no_memory_is() {
         }
     });
     // Each was refused: the device wants a reset.
-    assert_eq!(console.matches("0000004f").count(), 6 * 6, "{console}");
+    assert_eq!(
+        console.matches("0000004f").count(),
+        DEVICES.len() * 6,
+        "{console}"
+    );
+}
+
+// must-test: memory never returned to the host
+#[test]
+fn reports_of_pages_that_are_not_free() {
+    let Some(host) = Host::new() else { return };
+    let report = |p: &mut Program, address: u64, length: u32| {
+        let queue = drive(p, BALLOON)[2];
+        // What a good driver says of memory that it does not use; it can be used again at once.
+        let free = FREE + (16 << 20);
+        p.fill(free, 0xaa, 0x1000);
+        queue.descriptor(p, 0, (free, 0x1000), WRITE, 0);
+        queue.heads(p, 0);
+        queue.offer(p, 1);
+        queue.drain(p);
+        p.show(free).write32(free, 0x5555_5555).show(free);
+        queue.descriptor(p, 0, (address, length), WRITE, 0);
+        queue.offer(p, 1);
+        p.wait16(queue.used_index(), 2);
+    };
+    let console = host.survived("free pages", |p| report(p, FREE + (17 << 20), 1 << 20));
+    assert!(console.contains("00000000\n55555555\n"), "{console}");
+    // What the device finds there next is zeroes; the guest may be gone before that.
+    let rings = Queue::new(BALLOON, 2).descriptors;
+    host.attack("report of its own rings", |p| report(p, rings, 0x1_0000));
+    for (what, address, length) in [
+        ("half a page", FREE, 0x800),
+        ("a window", WINDOWS, 0x1000),
+        ("an address that wraps around", u64::MAX - 0xfff, 0x2000),
+    ] {
+        let end = host.attack(&format!("report of {what}"), |p| report(p, address, length));
+        assert!(
+            matches!(end.reason, ExitReason::GuestError(_)),
+            "{what}: {:?}",
+            end.reason
+        );
+    }
 }
 
 /// Random requests in chains that are right: bytes to read, room to write, a byte for a status.
