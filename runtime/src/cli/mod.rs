@@ -14,6 +14,7 @@ mod options;
 mod pods;
 mod run;
 mod session;
+mod stats;
 mod store;
 mod table;
 mod terminal;
@@ -55,6 +56,8 @@ enum Command {
     Ps(containers::PsArgs),
     /// List pods, and why those that are not ready are not.
     Pods(pods::PodsArgs),
+    /// Show what pods use: inside, and of the host's memory, private and shared.
+    Stats(stats::StatsArgs),
     /// Show a container's output.
     Logs(logs::LogsArgs),
     /// Stop containers.
@@ -158,6 +161,7 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, CliError> {
         Command::Exec(args) => exec::exec(&connect()?, args).await,
         Command::Ps(args) => containers::ps(&connect()?, args).await,
         Command::Pods(args) => pods::pods(&connect()?, args).await,
+        Command::Stats(args) => stats::stats(&connect()?, args).await,
         Command::Logs(args) => logs::logs(&connect()?, args).await,
         Command::Stop(args) => containers::stop(&connect()?, args).await,
         Command::Rm(args) => containers::rm(&connect()?, args).await,

@@ -3,6 +3,7 @@
 mod images;
 mod streams;
 
+use std::io;
 use std::sync::Arc;
 
 use caisson_proto::cli;
@@ -14,6 +15,7 @@ use tonic::codegen::BoxStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::cri::{Context, CriError, detached};
+use crate::sandbox::pod::memory::HostMemory;
 
 type Answer<T> = Result<Response<T>, Status>;
 
@@ -125,6 +127,28 @@ impl Cli for Service {
                     step: step.name,
                 })
                 .collect(),
+        }))
+    }
+
+    async fn pod_memory(
+        &self,
+        request: Request<cli::PodMemoryRequest>,
+    ) -> Answer<cli::PodMemoryResponse> {
+        let id = &request.get_ref().pod_sandbox_id;
+        let pod = self.context.registry.pod(id)?;
+        let Some(pid) = pod.sandbox().and_then(|sandbox| sandbox.host_pid()) else {
+            let message = format!("pod {id} has no process, so it holds no memory");
+            return Err(CriError::precondition(message).into());
+        };
+        let read = tokio::task::spawn_blocking(move || HostMemory::read(pid));
+        let memory = read.await.map_err(io::Error::other).flatten();
+        let memory = memory.map_err(|error| {
+            CriError::internal(format!("the memory of pod {id} cannot be read: {error}"))
+        })?;
+        Ok(Response::new(cli::PodMemoryResponse {
+            private_bytes: memory.private,
+            shared_bytes: memory.shared,
+            proportional_bytes: memory.proportional,
         }))
     }
 }

@@ -7,6 +7,7 @@ pub mod control;
 pub mod dir;
 pub mod health;
 mod line;
+pub mod memory;
 pub mod process;
 pub mod scratch;
 
