@@ -313,6 +313,29 @@ impl Node {
         out.trim().to_owned()
     }
 
+    /// What `caisson stats` says of a pod.
+    pub fn stats(&self, pod: &Pod) -> serde_json::Value {
+        let output = self.caisson(&["stats", "--json", &pod.id]);
+        assert!(output.status.success(), "{output:?}");
+        let mut all: Vec<_> = serde_json::from_slice(&output.stdout).expect("a JSON list");
+        assert_eq!(all.len(), 1, "{output:?}");
+        all.remove(0)
+    }
+
+    /// Waits up to a minute until the pod holds less of the host's memory for itself than so many bytes; returns how much.
+    pub async fn holds_less(&self, pod: &Pod, bytes: u64) -> u64 {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let stats = self.stats(pod);
+            let private = stats["private_on_host"].as_u64().expect("a number");
+            if private < bytes {
+                return private;
+            }
+            assert!(Instant::now() < deadline, "not below {bytes}: {stats}");
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+    }
+
     /// The pod's status.
     pub async fn pod_status(&self, pod: &Pod) -> Result<cri::PodSandboxStatus, Status> {
         let request = cri::PodSandboxStatusRequest {

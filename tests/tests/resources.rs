@@ -224,3 +224,71 @@ async fn disk_and_network_keep_to_their_limits() {
     node.remove(&pod).await;
     node.assert_nothing_left().await;
 }
+
+// must-test: memory never returned to the host
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_that_a_pod_frees_goes_back_to_the_host() {
+    let Some(node) = Node::start().await else {
+        return;
+    };
+    let options = PodOptions {
+        memory: 256 << 20,
+        ..PodOptions::default()
+    };
+    let pod = node.pod_with("frees", options).await.unwrap();
+    let container = ContainerOptions {
+        privileged: true,
+        ..ContainerOptions::default()
+    };
+    let container = node.run_with(&pod, "c", SLEEP, container).await;
+    node.says(
+        &container,
+        "mkdir /t && mount -t tmpfs -o size=128m none /t",
+    )
+    .await;
+    let size = 64 << 20;
+    let private = || node.stats(&pod)["private_on_host"].as_u64().unwrap();
+    let write = |letter: &str| {
+        format!(
+            "head -c {size} /dev/zero | tr '\\0' {letter} >/t/file; tr -d {letter} </t/file | wc -c; wc -c </t/file"
+        )
+    };
+    let before = private();
+    assert_eq!(
+        node.says(&container, &write("a")).await,
+        format!("0\n{size}")
+    );
+    let full = private();
+    assert!(full > before + size / 2, "{before}, then {full}");
+    node.says(&container, "rm /t/file").await;
+    let left = node.holds_less(&pod, full - size * 3 / 4).await;
+    println!("private: {before} before, {full} full, {left} in the end");
+    // What went back can be used again.
+    assert_eq!(
+        node.says(&container, &write("b")).await,
+        format!("0\n{size}")
+    );
+
+    let stats = node.stats(&pod);
+    let number = |name: &str| stats[name].as_u64().unwrap_or_else(|| panic!("{stats}"));
+    let (held, shared) = (number("private_on_host"), number("shared_on_host"));
+    assert!(held > 1 << 20 && shared > 0, "{stats}");
+    assert!(
+        number("pss") >= held && number("pss") <= held + shared,
+        "{stats}"
+    );
+    assert!(
+        number("memory_in_pod") > 1 << 20 && number("cpu_ns") > 0,
+        "{stats}"
+    );
+    let table = node.caisson(&["stats"]);
+    let text = String::from_utf8(table.stdout).unwrap();
+    assert!(
+        text.contains(&pod.id[..12]) && text.contains(" MiB "),
+        "{text}"
+    );
+    node.remove(&pod).await;
+    let table = node.caisson(&["stats"]);
+    assert_eq!(String::from_utf8(table.stdout).unwrap().lines().count(), 1);
+    node.assert_nothing_left().await;
+}

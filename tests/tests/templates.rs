@@ -123,10 +123,17 @@ async fn a_clone_is_a_pod_like_any_other() {
     let pod = node.pod("clone").await;
     assert!(is_clone(&node, &pod), "{}", node.daemon_log());
     let container = sleeper(&node, &pod).await;
+    let private = |pod| node.stats(pod)["private_on_host"].as_u64().unwrap();
+    let before = private(&pod);
     // More memory than the template has ever touched, and more than its page cache; then a disk that remembers.
     let script = "head -c 100000000 /dev/urandom >/tmp/a && cp /tmp/a /tmp/b && sync && \
         echo 3 >/proc/sys/vm/drop_caches 2>/dev/null; cmp /tmp/a /tmp/b && echo same";
     assert_eq!(node.says(&container, script).await.trim(), "same");
+    // What of it was memory goes back to the host, whether the template had something there or not.
+    let full = private(&pod);
+    assert!(full > before + (32 << 20), "{before}, then {full}");
+    node.says(&container, "rm /tmp/a /tmp/b").await;
+    node.holds_less(&pod, before + (full - before) / 2).await;
     let other = node.run(&pod, "d", "echo out; echo err >&2; exit 7").await;
     assert_eq!(node.ended(&other).await.exit_code, 7);
     // The template is as it was: the next clone begins as this one did.
