@@ -261,6 +261,7 @@ fn microvm_config(config: &Config) -> MicroVmConfig {
             bytes: microvm.net_bytes_per_second,
             operations: microvm.net_packets_per_second,
         },
+        vhost_net: microvm.vhost_net,
         templates: microvm
             .templates
             .then(|| Arc::new(Templates::new(&pod_config(config), microvm.template_user()))),

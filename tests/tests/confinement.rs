@@ -100,7 +100,7 @@ fn confined(node: &Node, pod: &Pod) -> (u64, String) {
     assert_eq!(told["own_root"], true, "{told}");
     assert!(told["landlock"].as_u64().unwrap() >= 2, "{told}");
     let doctor = must(node, &["doctor", "--pod", &pod.id]);
-    assert_eq!(doctor.matches("ok    ").count(), 9, "{doctor}");
+    assert_eq!(doctor.matches("ok    ").count(), 10, "{doctor}");
     assert!(doctor.contains(&user), "{doctor}");
     (pid, user)
 }

@@ -279,7 +279,10 @@ fn create_devices(
             Some(template) if template.role == TemplateRole::Make => {
                 Net::unplugged(net.tap, net.mac, net.mtu)
             }
-            _ => Net::new(net.tap, net.mac, net.mtu),
+            _ => match net.vhost {
+                Some(vhost) => Net::by_kernel(net.tap, vhost, net.mac, net.mtu),
+                None => Net::new(net.tap, net.mac, net.mtu),
+            },
         };
         let device = made.map_err(device("network device"))?;
         all.push(Box::new(device.limited(config.net_rate)));

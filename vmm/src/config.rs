@@ -66,6 +66,8 @@ pub struct Disk {
 pub struct Net {
     /// The tap; a socket in the machine of a template that is made.
     pub tap: OwnedFd,
+    /// `/dev/vhost-net`, where the host's kernel is to serve the device.
+    pub vhost: Option<OwnedFd>,
     /// The guest's MAC address: unicast, not zero.
     pub mac: [u8; 6],
     /// The MTU that the guest is told.
@@ -166,6 +168,13 @@ impl MachineConfig {
         check(count <= layout::VIRTIO_MMIO_COUNT, || {
             ConfigError::TooManyDevices(count)
         })?;
+        let by_kernel = config.nets.iter().any(|net| net.vhost.is_some());
+        range(
+            "nets.vhost",
+            "beside a limit in net_rate",
+            !by_kernel || config.net_rate == RateLimit::default(),
+            "possible: the host's kernel keeps to none",
+        )?;
         if let Some(jail) = &config.jail {
             check_jail(jail)?;
         }
@@ -272,6 +281,7 @@ impl<T> Fds<'_, T> {
         })?;
         Ok(Net {
             tap: self.take(net.tap)?,
+            vhost: self.optional(net.vhost)?,
             mac,
             mtu: net.mtu,
         })

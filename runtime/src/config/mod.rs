@@ -76,6 +76,19 @@ pub enum ScratchKind {
     Memory,
 }
 
+/// Whether the node's kernel carries pods' frames (vhost-net).
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum VhostNet {
+    /// Where it can; pod processes do elsewhere, and where there are limits.
+    #[default]
+    Auto,
+    /// It must: a pod that cannot have it does not start.
+    On,
+    /// Pod processes do.
+    Off,
+}
+
 /// How a pod's microVM is made.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -108,6 +121,8 @@ pub struct MicroVmConfig {
     pub net_bytes_per_second: u64,
     /// Frames that a pod sends in a second at most, and as many that it receives; 0: no limit.
     pub net_packets_per_second: u64,
+    /// Whether the node's kernel carries pods' frames.
+    pub vhost_net: VhostNet,
     /// Words added to the guest's kernel command line.
     pub kernel_cmdline_extra: String,
     /// Seconds that a guest may take from power-on until its agent answers, 1 to 3600.
@@ -220,6 +235,11 @@ impl MicroVmConfig {
         self.first_user..end.saturating_sub(self.templates.into())
     }
 
+    /// Whether what a pod sends and receives has a limit.
+    pub fn limits_network(&self) -> bool {
+        self.net_bytes_per_second != 0 || self.net_packets_per_second != 0
+    }
+
     /// The host user of machines that become templates: the last one, which no pod has then.
     pub fn template_user(&self) -> u32 {
         self.first_user.saturating_add(self.users).saturating_sub(1)
@@ -243,6 +263,7 @@ impl Default for MicroVmConfig {
             disk_operations_per_second: 0,
             net_bytes_per_second: 0,
             net_packets_per_second: 0,
+            vhost_net: VhostNet::Auto,
             kernel_cmdline_extra: String::new(),
             start_timeout_seconds: 120,
             templates: false,
@@ -421,6 +442,12 @@ impl Config {
         }
         if self.microvm.first_user == 0 {
             return value("microvm.first_user", "the pod process never runs as root");
+        }
+        if self.microvm.vhost_net == VhostNet::On && self.microvm.limits_network() {
+            return value(
+                "microvm.vhost_net",
+                "the node's kernel keeps to no limit: with net_bytes_per_second or net_packets_per_second it is auto or off",
+            );
         }
         let end = self.microvm.first_user.checked_add(self.microvm.users);
         if self.microvm.pod_users().is_empty() || end.is_none() {
@@ -620,6 +647,10 @@ mod tests {
             ("[microvm]\nfirst_user = 0", "microvm.first_user"),
             ("[microvm]\nusers = 0", "microvm.users"),
             ("[microvm]\nusers = 4294967295", "microvm.users"),
+            (
+                "[microvm]\nvhost_net = \"on\"\nnet_packets_per_second = 1",
+                "microvm.vhost_net",
+            ),
             ("root = \"relative\"", "root"),
             ("[images]\nparallel_layers = 0", "images.parallel_layers"),
             (

@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 use tokio::sync::Mutex;
 
-use crate::config::Config;
+use crate::config::{Config, VhostNet};
 use crate::cri::CriError;
 use crate::network::{Cni, CniConfig};
+use crate::sandbox::microvm::vhost;
 
 /// How long the probe may take.
 const PROBE_LIMIT: Duration = Duration::from_secs(20);
@@ -180,6 +181,7 @@ pub async fn examine(config: &Config) -> Vec<Finding> {
         Path::new("/dev/net/tun"),
         "load the kernel module tun",
     ));
+    all.push(vhost_net(config, vhost::try_open().map(drop)));
     all.push(match in_path("mkfs.ext4") {
         Some(path) => Finding {
             what: "mkfs.ext4",
@@ -193,6 +195,31 @@ pub async fn examine(config: &Config) -> Vec<Finding> {
         },
     });
     all
+}
+
+/// Who carries pods' frames. That the kernel does not is no fault, unless it must.
+fn vhost_net(config: &Config, device: std::io::Result<()>) -> Finding {
+    let microvm = &config.microvm;
+    let processes = "pods' processes carry their frames";
+    let (good, detail) = match (microvm.vhost_net, device) {
+        (VhostNet::Off, _) => (true, format!("{processes}: microvm.vhost_net is off")),
+        (VhostNet::Auto, _) if microvm.limits_network() => {
+            (true, format!("{processes}: there are limits on them"))
+        }
+        (VhostNet::Auto | VhostNet::On, Ok(())) => (true, vhost::DEVICE.to_owned()),
+        (VhostNet::Auto, Err(error)) => (true, format!("{processes}: {error}")),
+        (VhostNet::On, Err(error)) => (
+            false,
+            format!(
+                "{error}; load the kernel module vhost_net, or have microvm.vhost_net be \"auto\""
+            ),
+        ),
+    };
+    Finding {
+        what: "vhost-net",
+        good,
+        detail,
+    }
 }
 
 /// Where CNI's parts are, by the configuration.
@@ -248,6 +275,32 @@ mod tests {
         assert!(!probe.works);
         assert_eq!(probe.reason, "slow");
         assert!(read_probe(b"").is_none());
+    }
+
+    #[test]
+    fn who_carries_frames_is_told() {
+        let told = |text: &str, there: bool| {
+            let config = Config::parse(text, Path::new("x")).unwrap();
+            let device = match there {
+                true => Ok(()),
+                false => Err(std::io::Error::other("not there")),
+            };
+            let finding = vhost_net(&config, device);
+            (finding.good, finding.detail)
+        };
+        assert_eq!(told("", true), (true, vhost::DEVICE.to_owned()));
+        let (good, detail) = told("", false);
+        assert!(good && detail.contains("not there"), "{detail}");
+        let (good, detail) = told("[microvm]\nnet_packets_per_second = 1", true);
+        assert!(good && detail.contains("limits"), "{detail}");
+        assert!(
+            told("[microvm]\nvhost_net = \"off\"", true)
+                .1
+                .contains("is off")
+        );
+        let (good, detail) = told("[microvm]\nvhost_net = \"on\"", false);
+        assert!(!good && detail.contains("not there"), "{detail}");
+        assert!(told("[microvm]\nvhost_net = \"on\"", true).0);
     }
 
     #[tokio::test]

@@ -95,6 +95,14 @@ pub fn judge(found: &Confinement) -> Vec<Finding> {
             &|thread| thread.seccomp != FILTER,
         ),
         landlock(found.landlock, kernel_has_landlock()),
+        of(
+            "frames",
+            true,
+            match found.vhost_net {
+                true => "carried by the node's kernel (vhost-net)".into(),
+                false => "carried by the process".into(),
+            },
+        ),
         limits(found),
         cgroup(found),
     ]
@@ -175,6 +183,7 @@ mod tests {
             own_namespaces: NAMESPACES.map(|name| (name.to_owned(), true)).into(),
             threads: vec![thread("caisson-vmm"), thread("vcpu0")],
             landlock: Some(2),
+            vhost_net: false,
             limits: LIMITS
                 .map(|(name, most)| (name.to_owned(), most.to_string()))
                 .into(),

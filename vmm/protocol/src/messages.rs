@@ -200,6 +200,10 @@ pub struct DiskConfig {
 pub struct NetConfig {
     /// The tap's descriptor, attached, with `IFF_NO_PI | IFF_VNET_HDR`.
     pub tap: FdIndex,
+    /// `/dev/vhost-net`, open for reading and writing, where the host's kernel is to carry the frames; it keeps to no
+    /// [`RateLimit`], so there must be none. Not in a machine that becomes a template.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost: Option<FdIndex>,
     /// The guest's MAC address, "aa:bb:cc:dd:ee:ff".
     pub mac: String,
     /// The MTU that the guest is told (`VIRTIO_NET_F_MTU`), 68 to 65535.

@@ -39,6 +39,10 @@ impl Interrupt for NoInterrupt {
     fn config(&self) -> io::Result<()> {
         Ok(())
     }
+
+    fn by_kernel(&self) -> io::Result<EventFd> {
+        EventFd::new(EFD_NONBLOCK)
+    }
 }
 
 /// A device in service.

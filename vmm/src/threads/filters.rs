@@ -229,6 +229,20 @@ const KVM_KVMCLOCK_CTRL: u64 = 0xaead;
 const KVM_GET_REGS: u64 = 0x8090_ae81;
 const TUNSETOFFLOAD: u64 = 0x4004_54d0;
 const FIONBIO: u64 = 0x5421;
+/// Those of vhost-net: what hands rings to the kernel and takes them back. It cannot be made to log, to share a device with
+/// another process, or to translate addresses.
+const VHOST: [u64; 10] = [
+    0x4008_af00, // features
+    0x0000_af01, // owner
+    0x4008_af03, // memory
+    0x4008_af10, // a ring's size,
+    0x4028_af11, // place,
+    0x4008_af12, // index
+    0x4008_af20, // and events
+    0x4008_af21,
+    0x4008_af22,
+    0x4008_af30, // tap
+];
 
 impl Kind {
     /// The calls that it may make with any arguments.
@@ -260,6 +274,7 @@ impl Kind {
         match self {
             Self::Starter => KINDS.iter().flat_map(|kind| kind.ioctls()).collect(),
             Self::Vcpu => vec![KVM_RUN, KVM_KVMCLOCK_CTRL, KVM_GET_REGS, TUNSETOFFLOAD],
+            Self::Net => VHOST.to_vec(),
             Self::Vsock | Self::Control | Self::Log => vec![FIONBIO],
             _ => Vec::new(),
         }

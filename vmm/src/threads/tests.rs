@@ -137,6 +137,12 @@ fn ioctls_are_named_one_by_one() {
     assert_eq!(ask(Kind::Vsock, libc::FIONBIO), ALLOW);
     assert_eq!(ask(Kind::Vsock, libc::TIOCSTI), KILL);
     assert_eq!(ask(Kind::Fs, libc::FIONBIO), KILL);
+    for request in crate::virtio::net::VHOST_REQUESTS {
+        assert_eq!(ask(Kind::Net, request), ALLOW, "{request:#x}");
+        assert_eq!(ask(Kind::Vcpu, request), KILL, "{request:#x}");
+    }
+    assert_eq!(ask(Kind::Net, 0xaf02), KILL, "VHOST_RESET_OWNER");
+    assert_eq!(ask(Kind::Net, 0x4008_af04), KILL, "VHOST_SET_LOG_BASE");
 }
 
 #[test]

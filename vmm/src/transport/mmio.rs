@@ -40,6 +40,10 @@ const FAILED: u32 = VIRTIO_CONFIG_S_FAILED;
 /// The interrupt line of one device: a status register and an irqfd.
 pub struct MmioInterrupt {
     status: AtomicU32,
+    /// Bits that are always set: those that are nobody's to set when the kernel raises the line. A driver that is told of
+    /// queues without cause looks at them and finds nothing; one that is not told would miss what there is. To set the bit
+    /// each time, a thread of this process would have to wake up between the kernel and the line.
+    always: AtomicU32,
     generation: AtomicU32,
     line: EventFd,
 }
@@ -48,6 +52,11 @@ impl MmioInterrupt {
     fn raise(&self, bit: u32) -> io::Result<()> {
         self.status.fetch_or(bit, Ordering::SeqCst);
         self.line.write(1)
+    }
+
+    /// What the driver reads.
+    fn status(&self) -> u32 {
+        self.status.load(Ordering::SeqCst) | self.always.load(Ordering::SeqCst)
     }
 }
 
@@ -59,6 +68,13 @@ impl Interrupt for MmioInterrupt {
     fn config(&self) -> io::Result<()> {
         self.generation.fetch_add(1, Ordering::SeqCst);
         self.raise(reg::VIRTIO_MMIO_INT_CONFIG)
+    }
+
+    fn by_kernel(&self) -> io::Result<EventFd> {
+        let line = self.line.try_clone()?;
+        self.always
+            .store(reg::VIRTIO_MMIO_INT_VRING, Ordering::SeqCst);
+        Ok(line)
     }
 }
 
@@ -189,6 +205,7 @@ impl MmioTransport {
             memory,
             interrupt: Arc::new(MmioInterrupt {
                 status: AtomicU32::new(0),
+                always: AtomicU32::new(0),
                 generation: AtomicU32::new(0),
                 line,
             }),
@@ -325,7 +342,7 @@ impl MmioTransport {
             }
             reg::VIRTIO_MMIO_QUEUE_NUM_MAX => self.slot().map_or(0, |slot| slot.max_size.into()),
             reg::VIRTIO_MMIO_QUEUE_READY => self.slot().map_or(0, |slot| slot.said.ready.into()),
-            reg::VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.status.load(Ordering::SeqCst),
+            reg::VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.status(),
             reg::VIRTIO_MMIO_STATUS => self.status,
             // There is no shared memory: its length is all ones (§4.2.2.1).
             reg::VIRTIO_MMIO_SHM_LEN_LOW
@@ -489,6 +506,7 @@ impl MmioTransport {
             self.driver_features_select,
         ) = (0, 0, 0);
         self.interrupt.status.store(0, Ordering::SeqCst);
+        self.interrupt.always.store(0, Ordering::SeqCst);
         self.slots.iter_mut().for_each(Slot::reset);
     }
 }

@@ -44,6 +44,13 @@ pub trait Interrupt: Send + Sync {
     /// # Errors
     /// What the kernel says of the eventfd or ioctl.
     fn config(&self) -> io::Result<()>;
+
+    /// An event by which the host's kernel itself tells the driver that queues have used buffers. Nobody in this process
+    /// notes which: from now on until the device is reset, each interrupt means that all queues may have.
+    ///
+    /// # Errors
+    /// What the kernel says when there is no descriptor for it.
+    fn by_kernel(&self) -> io::Result<EventFd>;
 }
 
 /// A queue that the driver has set up, and the event by which it says that buffers are available.

@@ -4,9 +4,9 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
+use std::sync::{Arc, Mutex};
 
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
@@ -61,6 +61,7 @@ pub fn memory() -> Memory {
 pub struct Interrupts {
     queue: AtomicUsize,
     config: AtomicUsize,
+    kernel: Mutex<Option<EventFd>>,
 }
 
 impl Interrupts {
@@ -73,6 +74,12 @@ impl Interrupts {
     pub fn configs(&self) -> usize {
         self.config.load(Ordering::SeqCst)
     }
+
+    /// The event that the kernel was given in place of [`Interrupt::queue`].
+    pub fn kernels(&self) -> Option<EventFd> {
+        let kernel = self.kernel.lock().unwrap();
+        kernel.as_ref().map(|event| event.try_clone().unwrap())
+    }
 }
 
 impl Interrupt for Interrupts {
@@ -84,6 +91,12 @@ impl Interrupt for Interrupts {
     fn config(&self) -> io::Result<()> {
         self.config.fetch_add(1, Ordering::SeqCst);
         Ok(())
+    }
+
+    fn by_kernel(&self) -> io::Result<EventFd> {
+        let event = EventFd::new(EFD_NONBLOCK)?;
+        *self.kernel.lock().unwrap() = Some(event.try_clone()?);
+        Ok(event)
     }
 }
 

@@ -87,6 +87,22 @@ pub trait Handler: Send + 'static {
     /// [`DeviceError`] ends the machine.
     fn handle(&mut self, token: u64, ready: EventSet, poll: &Poll) -> Result<(), DeviceError>;
 
+    /// Has others stop what they do on the handler's behalf, until [`Handler::unpark`]. Nothing is asked of it meanwhile.
+    ///
+    /// # Errors
+    /// [`DeviceError`] ends the machine.
+    fn park(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    /// Has them go on.
+    ///
+    /// # Errors
+    /// [`DeviceError`] ends the machine.
+    fn unpark(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
     /// When [`Handler::go_on`] is to be called; `None`: not by the clock.
     fn due(&self) -> Option<Instant> {
         None
@@ -221,7 +237,14 @@ fn run<H: Handler>(handler: &mut H, poll: &Poll, shared: &Shared) -> Result<(), 
     handler.start(poll)?;
     let mut events = [EpollEvent::default(); BATCH];
     loop {
-        if !wait_for_order(shared) {
+        if shared.lock().order == Order::Park {
+            handler.park()?;
+            let order = wait_for_order(shared);
+            if order == Order::Run {
+                handler.unpark()?;
+            }
+        }
+        if shared.lock().order == Order::Stop {
             return Ok(());
         }
         let ready = match poll.0.wait(timeout(handler.due()), &mut events) {
@@ -254,26 +277,19 @@ fn timeout(due: Option<Instant>) -> i32 {
     i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
 }
 
-/// Waits while the order is to park. False when it is to stop.
-fn wait_for_order(shared: &Shared) -> bool {
+/// Waits while the order is to park, and says what it is then.
+fn wait_for_order(shared: &Shared) -> Order {
     let mut state = shared.lock();
-    loop {
-        match state.order {
-            Order::Run => {
-                state.parked = false;
-                return true;
-            }
-            Order::Stop => return false,
-            Order::Park => {
-                state.parked = true;
-                shared.changed.notify_all();
-                state = shared
-                    .changed
-                    .wait(state)
-                    .unwrap_or_else(PoisonError::into_inner);
-            }
-        }
+    while state.order == Order::Park {
+        state.parked = true;
+        shared.changed.notify_all();
+        state = shared
+            .changed
+            .wait(state)
+            .unwrap_or_else(PoisonError::into_inner);
     }
+    state.parked = false;
+    state.order
 }
 
 #[cfg(test)]

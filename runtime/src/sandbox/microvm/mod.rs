@@ -11,6 +11,7 @@ mod share;
 mod start;
 mod template;
 mod tree;
+pub mod vhost;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -26,6 +27,7 @@ use super::pod::{PodConfig, PodProcess};
 use super::{Sandbox, SandboxError, SharedVolume, VolumeOptions};
 use caisson_vmm_protocol::RateLimit;
 
+use crate::config::VhostNet;
 use crate::timings::Timings;
 use share::Share;
 pub use template::{Shape, Templates};
@@ -72,6 +74,8 @@ pub struct MicroVmConfig {
     pub disk_rate: RateLimit,
     /// The most that the network device does in each direction.
     pub net_rate: RateLimit,
+    /// Whether the node's kernel carries frames.
+    pub vhost_net: VhostNet,
     /// Machines of which pods are clones; `None`: every pod boots its kernel.
     pub templates: Option<Arc<Templates>>,
 }

@@ -15,6 +15,7 @@ use caisson_vmm_protocol::{
 
 use super::share::{GUEST_PATH, Share};
 use super::template::{Shape, Template};
+use super::vhost;
 use super::{LAYERS_SERIAL, MicroVm, MicroVmConfig, PROCESS_MIB};
 use crate::network::{Coming, PodNetwork};
 use crate::sandbox::pod::control::{self, Control};
@@ -144,8 +145,13 @@ impl MicroVm {
         timings
             .step("start caisson-vmm", async {
                 let mut fds = Fds::default();
-                let machine = machine(plan, parts, template, &mut fds);
-                boot(machine, config, &dir, fds, plan.port.clone()).await
+                let vhost = match plan.port {
+                    Some(_) => vhost::open(config.vhost_net, config.net_rate)?,
+                    None => None,
+                };
+                let machine = machine(plan, parts, template, vhost.as_ref(), &mut fds);
+                let lent = (plan.port.clone(), vhost);
+                boot(machine, config, &dir, fds, lent).await
             })
             .await
             .map_err(error("boot the virtual machine"))?;
@@ -250,6 +256,7 @@ fn machine(
     plan: &SandboxPlan,
     parts: Parts,
     template: Option<&Template>,
+    vhost: Option<&OwnedFd>,
     fds: &mut Fds,
 ) -> Machine {
     let taps = plan.port.iter().filter_map(|port| port.tap.as_ref());
@@ -258,7 +265,7 @@ fn machine(
         vcpus: plan.vcpus,
         memory_mib: plan.memory_mib,
         user: plan.user,
-        nets: taps.map(|tap| net(tap.as_ref(), fds)).collect(),
+        nets: taps.map(|tap| net(tap.as_ref(), vhost, fds)).collect(),
         template: template.map(|template| template.lend(fds)),
         netns: plan.port.as_ref().map(|port| port.netns.clone()),
         cgroup_parent: plan.cgroup_parent.clone(),
@@ -369,10 +376,11 @@ pub async fn boot(
     }
 }
 
-/// A network device whose frames go through `tap`.
-pub fn net(tap: &impl AsRawFd, fds: &mut Fds) -> NetConfig {
+/// A network device whose frames go through `tap`, carried by the node's kernel if there is `vhost`.
+pub fn net(tap: &impl AsRawFd, vhost: Option<&OwnedFd>, fds: &mut Fds) -> NetConfig {
     NetConfig {
         tap: fds.push(tap),
+        vhost: fds.add(vhost),
         mac: MAC.to_owned(),
         mtu: MTU,
     }

@@ -4,10 +4,13 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use nix::sys::stat;
 use serde::{Deserialize, Serialize};
+
+use crate::sandbox::microvm::vhost;
 
 /// Namespaces, by their names in /proc.
 pub const NAMESPACES: [&str; 6] = ["ipc", "mnt", "net", "pid", "user", "uts"];
@@ -36,6 +39,9 @@ pub struct Confinement {
     /// The version of Landlock that confines it, by its own word, which is the only one; 0: none. Missing if it did not
     /// answer.
     pub landlock: Option<u32>,
+    /// Whether the node's kernel carries its frames: it has a descriptor of vhost-net.
+    #[serde(default)]
+    pub vhost_net: bool,
     /// Limits of setrlimit(2).
     pub limits: BTreeMap<String, String>,
     /// Its cgroup.
@@ -105,11 +111,29 @@ impl Confinement {
             own_namespaces,
             threads,
             landlock: None,
+            vhost_net: has_device(&proc, vhost::NUMBER)?,
             limits: parse_limits(&limits),
             cgroup,
             cgroup_limits,
         })
     }
+}
+
+/// Whether a process has this character device open.
+fn has_device(proc: &Path, (major, minor): (u64, u64)) -> io::Result<bool> {
+    for entry in fs::read_dir(proc.join("fd"))? {
+        // A descriptor may be closed meanwhile.
+        let Ok(meta) = fs::metadata(entry?.path()) else {
+            continue;
+        };
+        let device = meta.rdev();
+        if meta.file_type().is_char_device()
+            && (stat::major(device), stat::minor(device)) == (major, minor)
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 impl Thread {
@@ -175,6 +199,11 @@ mod tests {
         let user = nix::unistd::getuid().as_raw();
         assert!(found.threads.iter().all(|t| t.users == [user; 3]));
         assert!(Confinement::read(u32::MAX).is_err());
+        assert!(!found.vhost_net);
+        let itself = Path::new("/proc/self");
+        assert!(!has_device(itself, (1, 7)).unwrap());
+        let _full = fs::File::open("/dev/full").unwrap();
+        assert!(has_device(itself, (1, 7)).unwrap());
     }
 
     #[test]

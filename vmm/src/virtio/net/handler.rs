@@ -257,7 +257,7 @@ impl Handler for Frames {
     }
 }
 
-fn failed(source: std::io::Error) -> DeviceError {
+pub(super) fn failed(source: std::io::Error) -> DeviceError {
     DeviceError::Host {
         device: DEVICE,
         source,

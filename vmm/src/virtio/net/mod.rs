@@ -2,11 +2,16 @@
 //!
 //! The header in front of each frame (`struct virtio_net_hdr`) is the tap's own: with `IFF_VNET_HDR` the
 //! kernel takes and gives it as it is, so checksums and segmentation are left to the other side.
+//!
+//! The frames are carried by the device's own worker ([`handler`]), or by the host's kernel where the device was given
+//! `/dev/vhost-net` ([`delegate`]). The driver sees no difference.
 
+mod delegate;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod handler;
 mod tap;
+mod vhost;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -23,8 +28,10 @@ use virtio_bindings::virtio_net::{
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
+use self::delegate::{Delegate, Lines, Plug};
 use self::handler::Frames;
 use self::tap::Tap;
+use self::vhost::Vhost;
 use super::service::{self, Service};
 use super::{Activation, DeviceError, VirtioDevice, read_config_space};
 use crate::threads::Kind;
@@ -49,6 +56,9 @@ pub enum NetError {
         /// What the system said.
         source: io::Error,
     },
+    /// The other descriptor is not vhost-net.
+    #[error("the network device cannot be served by the host's kernel: vhost-net: {0}")]
+    Vhost(String),
     /// The MTU cannot be told to the guest.
     #[error("an MTU is 68 to 65535 bytes, and {0} is not")]
     Mtu(u16),
@@ -63,7 +73,13 @@ pub struct Net {
     mtu: u16,
     link: Arc<AtomicBool>,
     limit: RateLimit,
-    service: Service<Tap, Frames>,
+    service: By,
+}
+
+/// Who carries the frames.
+enum By {
+    Worker(Service<Tap, Frames>),
+    Kernel(Service<Plug, Delegate>),
 }
 
 impl Net {
@@ -73,7 +89,27 @@ impl Net {
     /// [`NetError`] where the descriptor is not such a tap, or the address or MTU is not good.
     pub fn new(tap: OwnedFd, mac: [u8; 6], mtu: u16) -> Result<Self, NetError> {
         check(mac, mtu)?;
-        Ok(Self::with(Tap::new(tap)?, mac, mtu))
+        let service = Service::new(Kind::Net, DEVICE, Tap::new(tap)?);
+        Ok(Self::with(By::Worker(service), mac, mtu))
+    }
+
+    /// The same, whose frames the host's kernel carries by this descriptor of `/dev/vhost-net`. It keeps to no limit.
+    ///
+    /// # Errors
+    /// As of [`Net::new`], and where the descriptor is another.
+    pub fn by_kernel(
+        tap: OwnedFd,
+        vhost: OwnedFd,
+        mac: [u8; 6],
+        mtu: u16,
+    ) -> Result<Self, NetError> {
+        check(mac, mtu)?;
+        let plug = Plug {
+            tap: Tap::new(tap)?,
+            vhost: Vhost::new(vhost)?,
+        };
+        let service = Service::new(Kind::Net, DEVICE, plug);
+        Ok(Self::with(By::Kernel(service), mac, mtu))
     }
 
     /// A device of a template, on a socket that carries nothing: its clones have a tap in this place.
@@ -86,16 +122,17 @@ impl Net {
             what: "non-blocking mode",
             source,
         })?;
-        Ok(Self::with(tap, mac, mtu))
+        let service = Service::new(Kind::Net, DEVICE, tap);
+        Ok(Self::with(By::Worker(service), mac, mtu))
     }
 
-    fn with(tap: Tap, mac: [u8; 6], mtu: u16) -> Self {
+    fn with(service: By, mac: [u8; 6], mtu: u16) -> Self {
         Self {
             mac,
             mtu,
             link: Arc::new(AtomicBool::new(true)),
             limit: RateLimit::default(),
-            service: Service::new(Kind::Net, DEVICE, tap),
+            service,
         }
     }
 
@@ -162,26 +199,33 @@ impl VirtioDevice for Net {
         read_config_space(&space, offset, data);
     }
 
-    fn activate(&mut self, mut activation: Activation) -> Result<(), DeviceError> {
-        let [mut receive, mut transmit] = service::rings(DEVICE, &mut activation)?;
-        receive.limit(self.limit);
-        transmit.limit(self.limit);
-        let features = activation.features;
-        let mut offload = Ok(());
+    fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
         let link = Arc::clone(&self.link);
-        self.service.start(activation.failure, |tap| {
-            offload = tap.set_offload(features);
-            Frames::new(
-                tap,
-                activation.memory,
-                activation.interrupt,
-                link,
-                (receive, transmit),
-                features,
-            )
-        })?;
+        let features = activation.features;
+        let failure = Arc::clone(&activation.failure);
+        let mut offload = Ok(());
+        match &mut self.service {
+            By::Worker(service) => {
+                let mut activation = activation;
+                let [mut receive, mut transmit] = service::rings(DEVICE, &mut activation)?;
+                receive.limit(self.limit);
+                transmit.limit(self.limit);
+                let (memory, interrupt) = (activation.memory, activation.interrupt);
+                service.start(failure, |tap| {
+                    offload = tap.set_offload(features);
+                    Frames::new(tap, memory, interrupt, link, (receive, transmit), features)
+                })?;
+            }
+            By::Kernel(service) => {
+                let lines = Lines::new(activation.interrupt.as_ref())?;
+                service.start(failure, |plug| {
+                    offload = plug.tap.set_offload(features);
+                    Delegate::new(plug, activation, lines, link)
+                })?;
+            }
+        }
         offload.map_err(|source| {
-            self.service.stop();
+            self.reset();
             DeviceError::Host {
                 device: DEVICE,
                 source,
@@ -190,17 +234,30 @@ impl VirtioDevice for Net {
     }
 
     fn reset(&mut self) {
-        self.service.stop();
+        match &mut self.service {
+            By::Worker(service) => service.stop(),
+            By::Kernel(service) => service.stop(),
+        }
     }
 
     fn pause(&mut self) {
-        self.service.pause();
+        match &mut self.service {
+            By::Worker(service) => service.pause(),
+            By::Kernel(service) => service.pause(),
+        }
     }
 
     fn resume(&mut self) {
-        self.service.resume();
+        match &mut self.service {
+            By::Worker(service) => service.resume(),
+            By::Kernel(service) => service.resume(),
+        }
     }
 }
+
+/// What the thread of a network device asks of vhost-net.
+#[cfg(test)]
+pub(crate) use vhost::REQUESTS as VHOST_REQUESTS;
 
 #[cfg(test)]
 mod tests;

@@ -273,7 +273,7 @@ impl Templates {
         let mut nets = Vec::new();
         let cable = UnixDatagram::pair()?;
         if shape.network {
-            nets.push(start::net(&cable.0, &mut fds));
+            nets.push(start::net(&cable.0, None, &mut fds));
         }
         let machine = Machine {
             id: key.to_owned(),
@@ -380,6 +380,7 @@ mod tests {
             start_timeout: Duration::from_secs(1),
             disk_rate: Default::default(),
             net_rate: Default::default(),
+            vhost_net: Default::default(),
             templates: None,
         }
     }

@@ -1,0 +1,172 @@
+//! Has the host's kernel carry the frames ([`Vhost`]), and looks after what is left to do here: to begin, to park, to end,
+//! and to hear of a tap that is gone and of rings that cannot be used.
+//!
+//! The driver's notifications go from KVM to the kernel's thread, and its interrupts back, without this process.
+
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use vm_memory::GuestAddressSpace;
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::super::worker::{Handler, Poll};
+use super::super::{Activation, ActiveQueue, DeviceError, Interrupt, Memory};
+use super::DEVICE;
+use super::handler::failed;
+use super::tap::Tap;
+use super::vhost::{Events, Refused, Vhost};
+
+const TAP: u64 = 0;
+const BROKEN: u64 = 1;
+
+/// What a device is made of whose frames the kernel carries.
+pub struct Plug {
+    pub tap: Tap,
+    pub vhost: Vhost,
+}
+
+/// Both queues in the kernel's service.
+pub struct Delegate {
+    plug: Plug,
+    memory: Memory,
+    interrupt: Arc<dyn Interrupt>,
+    link: Arc<AtomicBool>,
+    /// Receive, then transmit, as the kernel numbers them, too.
+    queues: Vec<ActiveQueue>,
+    features: u64,
+    call: EventFd,
+    broken: EventFd,
+    /// Whether there is a tap.
+    plugged: bool,
+}
+
+/// What goes with the queues of an activation.
+pub struct Lines {
+    call: EventFd,
+    broken: EventFd,
+}
+
+impl Lines {
+    /// The events by which the kernel speaks to driver and device.
+    ///
+    /// # Errors
+    /// What the system says when it has no more of them.
+    pub fn new(interrupt: &dyn Interrupt) -> Result<Self, DeviceError> {
+        Ok(Self {
+            call: interrupt.by_kernel().map_err(failed)?,
+            broken: EventFd::new(EFD_NONBLOCK).map_err(failed)?,
+        })
+    }
+}
+
+impl Delegate {
+    /// Takes everything; [`Handler::start`] hands it to the kernel.
+    pub fn new(plug: Plug, activation: Activation, lines: Lines, link: Arc<AtomicBool>) -> Self {
+        Self {
+            plug,
+            memory: activation.memory,
+            interrupt: activation.interrupt,
+            link,
+            queues: activation.queues,
+            features: activation.features,
+            call: lines.call,
+            broken: lines.broken,
+            plugged: false,
+        }
+    }
+
+    fn attach(&self) -> Result<(), DeviceError> {
+        for (index, queue) in self.queues.iter().enumerate() {
+            let tap = Some(self.plug.tap.fd());
+            self.plug.vhost.attach(index, tap).map_err(refused)?;
+            // What the driver put there before is looked for now.
+            queue.notify.write(1).map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    fn detach(&self) -> Result<(), DeviceError> {
+        for index in 0..self.queues.len() {
+            self.plug.vhost.attach(index, None).map_err(refused)?;
+        }
+        Ok(())
+    }
+
+    /// Lets go of a tap that is gone. The guest sees the link go down.
+    fn tap_is_gone(&mut self, poll: &Poll) -> Result<(), DeviceError> {
+        if std::mem::replace(&mut self.plugged, false) {
+            poll.remove(self.plug.tap.fd()).map_err(failed)?;
+            self.detach()?;
+            self.link.store(false, Ordering::Release);
+            self.interrupt.config().map_err(failed)?;
+        }
+        Ok(())
+    }
+}
+
+impl Handler for Delegate {
+    fn start(&mut self, poll: &Poll) -> Result<(), DeviceError> {
+        let memory = self.memory.memory();
+        let vhost = &mut self.plug.vhost;
+        vhost.set_up(self.features, &memory).map_err(refused)?;
+        for (index, active) in self.queues.iter().enumerate() {
+            let events = Events {
+                kick: &active.notify,
+                call: &self.call,
+                broken: &self.broken,
+            };
+            let set = vhost.set_ring(index, &active.queue, &memory, &events);
+            if set.map_err(refused)?.is_none() {
+                return Err(guest("its rings are not in guest memory"));
+            }
+        }
+        let fd = self.broken.as_raw_fd();
+        poll.add(fd, BROKEN, EventSet::IN).map_err(failed)?;
+        // Errors are told whether they are asked for or not, and nothing else is of interest.
+        let fd = self.plug.tap.fd();
+        poll.add(fd, TAP, EventSet::empty()).map_err(failed)?;
+        self.plugged = true;
+        self.attach()
+    }
+
+    fn handle(&mut self, token: u64, _: EventSet, poll: &Poll) -> Result<(), DeviceError> {
+        match token {
+            BROKEN => Err(guest("its rings cannot be followed")),
+            _ => self.tap_is_gone(poll),
+        }
+    }
+
+    fn park(&mut self) -> Result<(), DeviceError> {
+        self.detach()
+    }
+
+    fn unpark(&mut self) -> Result<(), DeviceError> {
+        if self.plugged {
+            self.attach()?;
+        }
+        Ok(())
+    }
+}
+
+impl From<Delegate> for Plug {
+    fn from(delegate: Delegate) -> Self {
+        for index in 0..delegate.queues.len() {
+            // The kernel refuses it to those alone who do not own the device, and then it serves nothing.
+            let _ = delegate.plug.vhost.release(index);
+        }
+        delegate.plug
+    }
+}
+
+fn refused(refused: Refused) -> DeviceError {
+    failed(std::io::Error::other(refused))
+}
+
+fn guest(what: &str) -> DeviceError {
+    DeviceError::Guest {
+        device: DEVICE,
+        what: what.into(),
+    }
+}
