@@ -2,13 +2,15 @@
 //! name servers.
 
 use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use caisson_proto::cri;
-use caisson_tests::{Node, NodeOptions, Pod, PodOptions, bridged};
+use caisson_tests::{Container, Node, NodeOptions, Pod, PodOptions, bridged};
 use serde_json::Value;
 
 const SLEEP: &str = "trap 'exit 0' TERM; sleep 100000 & wait";
@@ -522,5 +524,131 @@ async fn a_port_of_the_host_leads_to_the_pod() {
     served(18080);
     node.remove(&pod).await;
     assert!(!outside.connect(18080).status.success());
+    node.assert_nothing_left().await;
+}
+
+/// Has a pod send back what the host sends it, both at the same time, and looks at each byte.
+async fn there_and_back(node: &Node, container: &Container, bytes: usize) {
+    let mut word = 0x9e37_79b9_7f4a_7c15u64;
+    let sent: Vec<u8> = std::iter::repeat_with(|| {
+        word ^= word << 13;
+        word ^= word >> 7;
+        word ^= word << 17;
+        word.to_le_bytes()
+    })
+    .take(bytes / 8)
+    .flatten()
+    .collect();
+    let listen = || TcpListener::bind("10.99.0.1:0").unwrap();
+    let (to, from) = (listen(), listen());
+    let port = |listener: &TcpListener| listener.local_addr().unwrap().port();
+    let script = format!(
+        "nc 10.99.0.1 {} </dev/null | nc 10.99.0.1 {}",
+        port(&to),
+        port(&from)
+    );
+    let expected = sent.clone();
+    let sender = std::thread::spawn(move || to.accept().unwrap().0.write_all(&sent).unwrap());
+    let receiver = std::thread::spawn(move || {
+        let mut got = Vec::new();
+        from.accept().unwrap().0.read_to_end(&mut got).unwrap();
+        got
+    });
+    node.says(container, &script).await;
+    sender.join().unwrap();
+    let got = receiver.join().unwrap();
+    assert_eq!(got.len(), expected.len());
+    assert!(got == expected, "other bytes");
+}
+
+/// What `caisson inspect` says of how the pod's process is confined.
+fn confinement(node: &Node, pod: &Pod) -> Value {
+    let said = node.caisson(&["inspect", &pod.id]);
+    assert!(said.status.success(), "{said:?}");
+    let all: Value = serde_json::from_slice(&said.stdout).unwrap();
+    let one = if all.is_array() { &all[0] } else { &all };
+    one["confinement"].clone()
+}
+
+/// The cgroup of a process or thread.
+fn cgroup(of: &str) -> String {
+    fs::read_to_string(format!("/proc/{of}/cgroup")).unwrap()
+}
+
+/// Takes vhost-net away from the node until it is dropped.
+struct Away;
+
+impl Away {
+    const HERE: &str = "/dev/vhost-net";
+    const THERE: &str = "/dev/vhost-net-away";
+
+    fn new() -> Self {
+        fs::rename(Self::HERE, Self::THERE).unwrap();
+        Self
+    }
+}
+
+impl Drop for Away {
+    fn drop(&mut self) {
+        let _ = fs::rename(Self::THERE, Self::HERE);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_nodes_kernel_carries_frames_where_it_can() {
+    let Some(mut node) = Node::start().await else {
+        return;
+    };
+    let pod = node.pod("kernel").await;
+    let container = node.run(&pod, "c", SLEEP).await;
+    let told = confinement(&node, &pod);
+    assert_eq!(told["vhost_net"], true, "{told}");
+    // The kernel's thread is accounted for with the pod: it is one of the process's, or bears the number of one.
+    let pid = told["pid"].to_string();
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let own: Vec<_> = tasks
+        .map(|task| task.unwrap().file_name().into_string().unwrap())
+        .collect();
+    let all = fs::read_dir("/proc").unwrap().flatten().flat_map(|entry| {
+        let task = entry.path().join("task");
+        fs::read_dir(task).into_iter().flatten().flatten()
+    });
+    let workers: Vec<_> = all
+        .filter(|task| {
+            let name = fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+            let number = name.trim().strip_prefix("vhost-");
+            number.is_some_and(|number| own.iter().any(|own| own == number))
+        })
+        .map(|task| task.file_name().into_string().unwrap())
+        .collect();
+    assert_eq!(workers.len(), 1, "{workers:?} for {own:?}");
+    assert_eq!(cgroup(&workers[0]), cgroup(&pid));
+    there_and_back(&node, &container, 100 << 20).await;
+
+    // Without it the pod's process does the same.
+    let away = Away::new();
+    let other = node.pod("process").await;
+    let in_other = node.run(&other, "c", SLEEP).await;
+    assert_eq!(confinement(&node, &other)["vhost_net"], false);
+    assert!(node.daemon_log().contains("no vhost-net"));
+    there_and_back(&node, &in_other, 4 << 20).await;
+    // Who has it keeps it.
+    there_and_back(&node, &container, 4 << 20).await;
+    node.restart_after(|node| {
+        let file = node.dir().join("config.toml");
+        let text = fs::read_to_string(&file).unwrap();
+        let text = text.replace("[microvm]\n", "[microvm]\nvhost_net = \"on\"\n");
+        fs::write(file, text).unwrap();
+    })
+    .await;
+    let error = node
+        .pod_with("must", PodOptions::default())
+        .await
+        .unwrap_err();
+    assert!(error.message().contains("/dev/vhost-net"), "{error}");
+    drop(away);
+    there_and_back(&node, &container, 4 << 20).await;
+    node.remove(&pod).await;
+    node.remove(&other).await;
     node.assert_nothing_left().await;
 }

@@ -10,7 +10,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use caisson_vmm_protocol::{JailConfig, NetConfig, Reply, Request, ShareConfig};
-use support::host::{Shared, run, tap};
+use support::host::{Shared, run, tap, vhost_net};
 use support::{Spec, Vm, kernel};
 
 /// A test of machines with this kernel; skipped, and said so, where KVM does not work.
@@ -238,24 +238,45 @@ fn the_file_server_sees_the_share_alone_and_never_runs_without_a_jail() {
 
 #[test]
 fn a_guest_talks_over_its_tap() {
+    talk(&with_kernel!("vmlinux"), "caisson-e2e", None);
+}
+
+#[test]
+fn the_kernel_carries_a_guests_frames_through_pauses_and_resets() {
     let kernel = with_kernel!("vmlinux");
+    if let Some(device) = vhost_net() {
+        talk(&kernel, "caisson-vhost", Some(device));
+    }
+}
+
+/// A guest sends and receives, and its driver begins anew in between.
+fn talk(kernel: &Path, name: &str, vhost: Option<OwnedFd>) {
     let mut spec = Spec::new(
-        &kernel,
+        kernel,
         "cat /sys/class/net/eth0/address /sys/class/net/eth0/mtu
-         ip link set eth0 up; ip addr add 10.99.7.2/24 dev eth0
+         device=$(basename $(readlink /sys/class/net/eth0/device))
+         ip link set eth0 up
+         for turn in 1 2 3 4 5; do
+             for step in unbind bind; do echo $device > /sys/bus/virtio/drivers/virtio_net/$step; done
+             ip link set eth0 up
+         done
+         ip addr add 10.99.7.2/24 dev eth0
          ping -c 3 -i 0.2 -W 5 -s 1300 10.99.7.1 | grep received
          nc -l -p 7777 > /received & sleep 0.2; echo listening
          nc 10.99.7.1 7778 < /bin/busybox; echo sent
          wait; sha256sum /received | cut -c1-64
-         cat /sys/class/net/eth0/carrier; poweroff -f",
+         echo received; while [ $(cat /sys/class/net/eth0/carrier) = 1 ]; do sleep 0.1; done
+         echo unplugged; poweroff -f",
     );
-    let fd = tap("caisson-e2e");
-    run("ip", &["addr", "add", "10.99.7.1/24", "dev", "caisson-e2e"]);
-    run("ip", &["link", "set", "caisson-e2e", "up", "mtu", "1400"]);
+    let fd = tap(name);
+    run("ip", &["addr", "add", "10.99.7.1/24", "dev", name]);
+    run("ip", &["link", "set", name, "up", "mtu", "1400"]);
     let server = std::net::TcpListener::bind("10.99.7.1:7778").unwrap();
     let tap = spec.lend(fd);
+    let vhost = vhost.map(|device| spec.lend(device));
     spec.config.nets.push(NetConfig {
         tap,
+        vhost,
         mac: "02:00:00:00:00:07".into(),
         mtu: 1400,
     });
@@ -271,12 +292,20 @@ fn a_guest_talks_over_its_tap() {
         let mut stream = std::net::TcpStream::connect("10.99.7.2:7777").unwrap();
         std::io::Write::write_all(&mut stream, &sent).unwrap();
     });
+    for _ in 0..3 {
+        std::thread::sleep(Duration::from_millis(50));
+        for request in [Request::Pause, Request::Resume] {
+            assert!(matches!(vm.ask(&request), Reply::Done));
+        }
+    }
     let (mut stream, _) = server.accept().unwrap();
     let mut got = Vec::new();
     std::io::Read::read_to_end(&mut stream, &mut got).unwrap();
     drop(stream);
     assert!(got == fs::read("/bin/busybox").unwrap());
     sender.join().unwrap();
+    vm.wait_for("received\n");
+    run("ip", &["link", "delete", name]);
     assert_eq!(vm.wait().code(), Some(0), "{}", vm.console());
     let console = vm.console();
     let file = tempfile::NamedTempFile::new().unwrap();
@@ -288,6 +317,7 @@ fn a_guest_talks_over_its_tap() {
         "3 packets received",
         "sent",
         &sum,
+        "unplugged",
     ] {
         assert!(console.contains(line), "no {line:?} in:\n{console}");
     }

@@ -193,6 +193,29 @@ fn a_driver_that_keeps_the_rules_gets_its_device() {
 }
 
 #[test]
+fn an_interrupt_of_the_kernels_means_all_queues_until_a_reset() {
+    let mut driver = Driver::active(FEATURES);
+    let activation = driver.seen.last.lock().unwrap().take().unwrap();
+    let status = |driver: &Driver| driver.read(reg::VIRTIO_MMIO_INTERRUPT_STATUS);
+    assert_eq!(status(&driver), 0);
+    let event = activation.interrupt.by_kernel().unwrap();
+    event.write(1).unwrap();
+    assert_eq!(driver.line.read().unwrap(), 1, "it is the line itself");
+    assert_eq!(status(&driver), 1);
+    // Taken back or not, the next one may have come meanwhile.
+    driver.write(reg::VIRTIO_MMIO_INTERRUPT_ACK, 1);
+    assert_eq!(status(&driver), 1);
+    activation.interrupt.config().unwrap();
+    assert_eq!(status(&driver), 3);
+    driver.write(reg::VIRTIO_MMIO_INTERRUPT_ACK, 3);
+    assert_eq!(status(&driver), 1);
+    // Of a template's device only what it has still to hear is kept.
+    assert_eq!(driver.transport.save().interrupt_status, 0);
+    driver.set_status(0);
+    assert_eq!(status(&driver), 0);
+}
+
+#[test]
 fn the_configuration_space_is_read_at_any_width() {
     let driver = Driver::new(false);
     let mut data = [0; 2];

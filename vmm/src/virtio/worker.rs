@@ -299,6 +299,9 @@ mod tests {
     use std::sync::mpsc;
     use std::time::Duration;
 
+    const PARKED: u64 = 1;
+    const UNPARKED: u64 = 2;
+
     struct Counter {
         event: EventFd,
         seen: mpsc::Sender<u64>,
@@ -307,6 +310,16 @@ mod tests {
     impl Handler for Counter {
         fn start(&mut self, poll: &Poll) -> Result<(), DeviceError> {
             poll.add(self.event.as_raw_fd(), 1, EventSet::IN).unwrap();
+            Ok(())
+        }
+
+        fn park(&mut self) -> Result<(), DeviceError> {
+            self.seen.send(PARKED).unwrap();
+            Ok(())
+        }
+
+        fn unpark(&mut self) -> Result<(), DeviceError> {
+            self.seen.send(UNPARKED).unwrap();
             Ok(())
         }
 
@@ -347,9 +360,11 @@ mod tests {
         event.write(1).unwrap();
         assert_eq!(got.recv_timeout(Duration::from_secs(5)), Ok(101));
         worker.pause();
+        assert_eq!(got.try_recv(), Ok(PARKED), "before it counts as parked");
         event.write(2).unwrap();
         assert!(got.recv_timeout(Duration::from_millis(50)).is_err());
         worker.resume();
+        assert_eq!(got.recv_timeout(Duration::from_secs(5)), Ok(UNPARKED));
         assert_eq!(got.recv_timeout(Duration::from_secs(5)), Ok(102));
         assert!(worker.stop().is_some());
     }

@@ -6,15 +6,18 @@ use super::machine::{FREE, Program};
 pub const DISK: u64 = 0;
 pub const LAYERS: u64 = 1;
 pub const NET: u64 = 2;
-pub const VSOCK: u64 = 3;
-pub const RNG: u64 = 4;
-pub const BALLOON: u64 = 5;
-pub const FS: u64 = 6;
+/// A network device that the host's kernel serves.
+pub const VHOST: u64 = 3;
+pub const VSOCK: u64 = 4;
+pub const RNG: u64 = 5;
+pub const BALLOON: u64 = 6;
+pub const FS: u64 = 7;
 /// All of them, with the number of their queues.
-pub const DEVICES: [(&str, u64, u16); 7] = [
+pub const DEVICES: [(&str, u64, u16); 8] = [
     ("disk", DISK, 1),
     ("layers", LAYERS, 1),
     ("net", NET, 2),
+    ("vhost", VHOST, 2),
     ("vsock", VSOCK, 3),
     ("rng", RNG, 1),
     ("balloon", BALLOON, 3),

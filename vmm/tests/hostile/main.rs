@@ -23,7 +23,7 @@ use caisson_vmm_protocol::{
 };
 
 use machine::Program;
-use support::host::{Shared, run, tap};
+use support::host::{Shared, run, tap, vhost_net};
 use support::{Spec, Vm};
 
 /// What no guest may see.
@@ -34,7 +34,7 @@ const CONSOLE_LIMIT: u64 = 16 << 10;
 /// The host of the guests: what their devices work on, and what must stay as it is.
 pub struct Host {
     shared: Shared,
-    tap: OwnedFd,
+    taps: [OwnedFd; 2],
 }
 
 /// How an attack ended.
@@ -53,9 +53,12 @@ impl Host {
         let shared = Shared::new();
         fs::create_dir(shared.path("share")).unwrap();
         fs::write(shared.path("secret"), SECRET).unwrap();
-        let tap = tap("caisson-host");
-        run("ip", &["link", "set", "caisson-host", "up"]);
-        Some(Self { shared, tap })
+        let taps = ["caisson-host", "caisson-kernel"].map(|name| {
+            let tap = tap(name);
+            run("ip", &["link", "set", name, "up"]);
+            tap
+        });
+        Some(Self { shared, taps })
     }
 
     /// The directory that guests share.
@@ -75,12 +78,16 @@ impl Host {
         };
         spec.config.disks.push(disk);
         spec.config.layers = Some("layers".into());
-        let tap = spec.lend(self.tap.try_clone().unwrap());
-        spec.config.nets.push(NetConfig {
-            tap,
-            mac: "02:00:00:00:00:09".into(),
-            mtu: 1500,
-        });
+        for (number, tap) in (9..).zip(&self.taps) {
+            let tap = spec.lend(tap.try_clone().unwrap());
+            let vhost = if number == 9 { None } else { vhost_net() };
+            spec.config.nets.push(NetConfig {
+                tap,
+                vhost: vhost.map(|device| spec.lend(device)),
+                mac: format!("02:00:00:00:00:{number:02}"),
+                mtu: 1500,
+            });
+        }
         let listener = UnixListener::bind(spec.dir.path().join("vsock")).unwrap();
         spec.config.vsock = Some(VsockConfig {
             cid: 3,

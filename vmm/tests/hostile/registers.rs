@@ -122,7 +122,8 @@ fn resets_and_doorbells_without_end() {
             for (_, device, _) in DEVICES {
                 for queue in drive(p, device) {
                     // Queues that take room, so that the reset comes while a device holds it.
-                    if device == RNG || ([NET, VSOCK].contains(&device) && queue.index == 0) {
+                    if device == RNG || ([NET, VHOST, VSOCK].contains(&device) && queue.index == 0)
+                    {
                         queue.heads(p, 0);
                         queue.descriptor(p, 0, (queue.buffer(), 64), WRITE, 0);
                         queue.offer(p, 1);

@@ -155,10 +155,12 @@ fn reports_of_pages_that_are_not_free() {
     }
 }
 
-/// Random requests in chains that are right: bytes to read, room to write, a byte for a status.
+/// Random requests in chains that are right: bytes to read, room to write, a byte for a status. A frame that the kernel
+/// carries has nothing to write.
 fn storm(p: &mut Program, queue: &Queue, template: &[u8], mask: u64, turns: u64) {
     let (request, reply) = (queue.buffer(), queue.buffer() + 0x1000);
-    queue.descriptor(p, 0, (request, 0x400), NEXT, 1);
+    let more = if queue.device == VHOST { 0 } else { NEXT };
+    queue.descriptor(p, 0, (request, 0x400), more, 1);
     queue.descriptor(p, 1, (reply, 0x400), NEXT | WRITE, 2);
     queue.descriptor(p, 2, (reply + 0x800, 1), WRITE, 0);
     queue.heads(p, 0);
@@ -184,6 +186,7 @@ fn any_request_in_a_good_ring() {
         ("disk", DISK, 0, &b""[..], 0xf),
         ("layers", LAYERS, 0, b"", 0xf),
         ("net", NET, 1, b"", 0x1f),
+        ("vhost", VHOST, 1, b"", 0x1f),
         ("vsock", VSOCK, 1, &packet, 0x3f),
         ("fs", FS, 1, &request, 0x7f),
     ] {

@@ -54,3 +54,18 @@ pub fn tap(name: &str) -> OwnedFd {
     }
     file.into()
 }
+
+/// vhost-net; `None`, said aloud, where the kernel has none.
+pub fn vhost_net() -> Option<OwnedFd> {
+    let device = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/vhost-net");
+    match device {
+        Ok(device) => Some(device.into()),
+        Err(error) => {
+            println!("skipped: /dev/vhost-net: {error}");
+            None
+        }
+    }
+}

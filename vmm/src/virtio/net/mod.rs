@@ -260,4 +260,6 @@ impl VirtioDevice for Net {
 pub(crate) use vhost::REQUESTS as VHOST_REQUESTS;
 
 #[cfg(test)]
+mod delegate_tests;
+#[cfg(test)]
 mod tests;

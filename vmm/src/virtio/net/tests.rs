@@ -350,7 +350,7 @@ fn what_is_not_a_tap_is_refused() {
 }
 
 /// A tap of its own in a network namespace of its own; `None`, and a word about it, where that is not allowed.
-fn tap(name: &str, flags: libc::c_int) -> Option<OwnedFd> {
+pub(super) fn tap(name: &str, flags: libc::c_int) -> Option<OwnedFd> {
     // SAFETY: unshare takes a number and acts on this thread alone; open returns a descriptor that is ours; the
     // ifreq is a plain structure that the ioctl reads and writes.
     unsafe {
