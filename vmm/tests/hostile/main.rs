@@ -81,9 +81,10 @@ impl Host {
         for (number, tap) in (9..).zip(&self.taps) {
             let tap = spec.lend(tap.try_clone().unwrap());
             let vhost = if number == 9 { None } else { vhost_net() };
+            let vhost = vhost.map(|device| spec.lend(device));
             spec.config.nets.push(NetConfig {
                 tap,
-                vhost: vhost.map(|device| spec.lend(device)),
+                vhost,
                 mac: format!("02:00:00:00:00:{number:02}"),
                 mtu: 1500,
             });

@@ -6,6 +6,7 @@
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
@@ -18,8 +19,11 @@ use super::handler::failed;
 use super::tap::Tap;
 use super::vhost::{Events, Refused, Vhost};
 
-const TAP: u64 = 0;
-const BROKEN: u64 = 1;
+const BROKEN: u64 = 0;
+
+/// How often it is looked whether the tap is still there. The tap wakes who waits for its end with the same words as who
+/// waits for frames, and to be woken for each frame is what the kernel's service saves.
+const LOOK: Duration = Duration::from_secs(5);
 
 /// What a device is made of whose frames the kernel carries.
 pub struct Plug {
@@ -38,8 +42,8 @@ pub struct Delegate {
     features: u64,
     call: EventFd,
     broken: EventFd,
-    /// Whether there is a tap.
-    plugged: bool,
+    /// When to look for the tap again; `None`: there is none.
+    look: Option<Instant>,
 }
 
 /// What goes with the queues of an activation.
@@ -73,7 +77,7 @@ impl Delegate {
             features: activation.features,
             call: lines.call,
             broken: lines.broken,
-            plugged: false,
+            look: None,
         }
     }
 
@@ -94,15 +98,16 @@ impl Delegate {
         Ok(())
     }
 
-    /// Lets go of a tap that is gone. The guest sees the link go down.
-    fn tap_is_gone(&mut self, poll: &Poll) -> Result<(), DeviceError> {
-        if std::mem::replace(&mut self.plugged, false) {
-            poll.remove(self.plug.tap.fd()).map_err(failed)?;
-            self.detach()?;
-            self.link.store(false, Ordering::Release);
-            self.interrupt.config().map_err(failed)?;
+    /// Whether there is a tap. One that is gone is let go, and the guest sees the link go down.
+    fn is_plugged(&mut self) -> Result<bool, DeviceError> {
+        if self.look.is_none() || self.plug.tap.is_there() {
+            return Ok(self.look.is_some());
         }
-        Ok(())
+        self.look = None;
+        self.detach()?;
+        self.link.store(false, Ordering::Release);
+        self.interrupt.config().map_err(failed)?;
+        Ok(false)
     }
 }
 
@@ -124,18 +129,28 @@ impl Handler for Delegate {
         }
         let fd = self.broken.as_raw_fd();
         poll.add(fd, BROKEN, EventSet::IN).map_err(failed)?;
-        // Errors are told whether they are asked for or not, and nothing else is of interest.
-        let fd = self.plug.tap.fd();
-        poll.add(fd, TAP, EventSet::empty()).map_err(failed)?;
-        self.plugged = true;
+        self.look = Some(Instant::now() + LOOK);
         self.attach()
     }
 
-    fn handle(&mut self, token: u64, _: EventSet, poll: &Poll) -> Result<(), DeviceError> {
-        match token {
-            BROKEN => Err(guest("its rings cannot be followed")),
-            _ => self.tap_is_gone(poll),
+    fn handle(&mut self, _: u64, _: EventSet, _: &Poll) -> Result<(), DeviceError> {
+        self.broken.read().map_err(failed)?;
+        // Without a tap there is no carrying frames, which is not the driver's doing.
+        match self.is_plugged()? {
+            true => Err(guest("its rings cannot be followed")),
+            false => Ok(()),
         }
+    }
+
+    fn due(&self) -> Option<Instant> {
+        self.look
+    }
+
+    fn go_on(&mut self, _: &Poll) -> Result<(), DeviceError> {
+        if self.is_plugged()? {
+            self.look = Some(Instant::now() + LOOK);
+        }
+        Ok(())
     }
 
     fn park(&mut self) -> Result<(), DeviceError> {
@@ -143,7 +158,7 @@ impl Handler for Delegate {
     }
 
     fn unpark(&mut self) -> Result<(), DeviceError> {
-        if self.plugged {
+        if self.look.is_some() {
             self.attach()?;
         }
         Ok(())

@@ -128,6 +128,14 @@ impl Tap {
         self.file.as_raw_fd()
     }
 
+    /// Whether the tap has its interface still. It takes no frame.
+    pub fn is_there(&self) -> bool {
+        match (&self.file).read(&mut []) {
+            Ok(_) => true,
+            Err(error) => error.raw_os_error() != Some(libc::EBADFD),
+        }
+    }
+
     /// Reads one frame with its header.
     pub fn read(&self, into: &mut [u8]) -> Outcome {
         outcome((&self.file).read(into))
