@@ -213,7 +213,7 @@ fn a_frame_that_the_kernel_refuses_holds_its_ring_up_until_a_reset() {
         });
         // Needs a checksum far behind its end.
         let queue = frame(p);
-        p.write64(queue.buffer(), 1 | 0xffff << 48);
+        p.write64(queue.buffer(), 1 | 0x7fff << 48);
         queue.offer(p, 1);
         p.wait16_briefly(queue.used_index(), 1);
         p.show(queue.used_index());
