@@ -29,6 +29,11 @@ const VENDOR: u32 = u32::from_le_bytes(*b"CAIS");
 const CONFIG: u64 = reg::VIRTIO_MMIO_CONFIG as u64;
 /// The driver's notification register.
 pub const QUEUE_NOTIFY: u64 = reg::VIRTIO_MMIO_QUEUE_NOTIFY as u64;
+/// The register in which the driver says what it has heard of, and the value that means queues and nothing else.
+pub const HEARD_OF_QUEUES: (u64, u32) = (
+    reg::VIRTIO_MMIO_INTERRUPT_ACK as u64,
+    reg::VIRTIO_MMIO_INT_VRING,
+);
 
 const ACKNOWLEDGE: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE;
 const DRIVER: u32 = VIRTIO_CONFIG_S_DRIVER;
@@ -223,6 +228,11 @@ impl MmioTransport {
     /// The events by which the driver notifies each queue, in order; for ioeventfds on [`QUEUE_NOTIFY`].
     pub fn notify_events(&self) -> impl Iterator<Item = &EventFd> {
         self.slots.iter().map(|slot| &slot.notify)
+    }
+
+    /// Whether [`HEARD_OF_QUEUES`] never changes anything.
+    pub fn is_told_by_kernel(&self) -> bool {
+        self.device.is_told_by_kernel()
     }
 
     /// Reads from the window. What is not a register reads as zero.

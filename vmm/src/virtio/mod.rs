@@ -127,6 +127,11 @@ pub trait VirtioDevice: Send {
     /// Writes the device's configuration space. What cannot be written is ignored, as the driver is told by the specification.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
+    /// Whether the host's kernel alone tells the driver of used buffers ([`Interrupt::by_kernel`]).
+    fn is_told_by_kernel(&self) -> bool {
+        false
+    }
+
     /// Starts to serve the queues on the device's worker.
     ///
     /// # Errors

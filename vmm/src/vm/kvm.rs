@@ -17,7 +17,7 @@ use crate::arch::cpuid::{Cpuid, CpuidError};
 use crate::arch::layout;
 use crate::arch::regs::{self, RegsError};
 use crate::template::{MachineState, Overlay, Saver, TemplateError, kvm};
-use crate::transport::mmio::{MmioTransport, QUEUE_NOTIFY};
+use crate::transport::mmio::{HEARD_OF_QUEUES, MmioTransport, QUEUE_NOTIFY};
 
 /// What a machine cannot do without.
 const NEEDED: [(Cap, &str); 5] = [
@@ -141,7 +141,8 @@ impl KvmVm {
         Ok(line)
     }
 
-    /// Lets the driver's notifications reach the device without an exit to this process.
+    /// Lets the driver's notifications reach the device without an exit to this process, and what need not reach it go
+    /// nowhere.
     ///
     /// # Errors
     /// [`KvmError::Ioctl`].
@@ -155,6 +156,14 @@ impl KvmVm {
             self.vm
                 .register_ioevent(event, &at, index as u32)
                 .map_err(ioctl("connect a queue's notification"))?;
+        }
+        if transport.is_told_by_kernel() {
+            // An exit less for each interrupt. Nobody waits for the event.
+            let (register, value) = HEARD_OF_QUEUES;
+            let at = IoEventAddress::Mmio(window + register);
+            self.vm
+                .register_ioevent(&EventFd::new(EFD_NONBLOCK)?, &at, value)
+                .map_err(ioctl("connect a driver's acknowledgement"))?;
         }
         Ok(())
     }

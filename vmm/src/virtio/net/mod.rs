@@ -199,6 +199,10 @@ impl VirtioDevice for Net {
         read_config_space(&space, offset, data);
     }
 
+    fn is_told_by_kernel(&self) -> bool {
+        matches!(self.service, By::Kernel(_))
+    }
+
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
         let link = Arc::clone(&self.link);
         let features = activation.features;

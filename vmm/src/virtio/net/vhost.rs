@@ -2,7 +2,8 @@
 //! (linux/vhost.h).
 //!
 //! The device belongs to the first process that owns it, whose memory the kernel's thread sees; that thread is in the
-//! cgroup of whoever asked. The descriptor was opened by the daemon: in the jail there is no such file.
+//! cgroup of whoever asked. The descriptor was opened by the daemon: in the jail there is no such file. Hence not by the crate
+//! `vhost`, which opens the device itself, has no way to take a ring's events back, and looks at a ring's end alone.
 
 use std::fs::File;
 use std::io;
