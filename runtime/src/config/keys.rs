@@ -134,7 +134,7 @@ const KEYS: &[(&str, &str, &str)] = &[
     (
         "microvm",
         "vhost_net",
-        "Who carries a pod's frames: \"off\": the pod's own process; \"on\": the node's kernel (vhost-net), which is faster, and which a hostile guest then reaches with its rings; \"auto\": the kernel where it has vhost-net and the pod has no limits, else the process.",
+        "Who carries a pod's frames: \"off\": the pod's own process; \"on\": the node's kernel (vhost-net), which a hostile guest then reaches with its rings; \"auto\": the kernel where it has vhost-net and the pod has no limits, else the process.",
     ),
     (
         "microvm",

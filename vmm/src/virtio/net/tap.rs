@@ -130,10 +130,8 @@ impl Tap {
 
     /// Whether the tap has its interface still. It takes no frame.
     pub fn is_there(&self) -> bool {
-        match (&self.file).read(&mut []) {
-            Ok(_) => true,
-            Err(error) => error.raw_os_error() != Some(libc::EBADFD),
-        }
+        let read = (&self.file).read(&mut []);
+        !read.is_err_and(|error| error.raw_os_error() == Some(libc::EBADFD))
     }
 
     /// Reads one frame with its header.
