@@ -596,7 +596,11 @@ impl Drop for Away {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_nodes_kernel_carries_frames_where_it_can() {
-    let Some(mut node) = Node::start().await else {
+    let options = NodeOptions {
+        microvm: "vhost_net = \"auto\"".into(),
+        ..NodeOptions::default()
+    };
+    let Some(mut node) = Node::start_with(options).await else {
         return;
     };
     let pod = node.pod("kernel").await;
@@ -637,7 +641,7 @@ async fn the_nodes_kernel_carries_frames_where_it_can() {
     node.restart_after(|node| {
         let file = node.dir().join("config.toml");
         let text = fs::read_to_string(&file).unwrap();
-        let text = text.replace("[microvm]\n", "[microvm]\nvhost_net = \"on\"\n");
+        let text = text.replace("vhost_net = \"auto\"", "vhost_net = \"on\"");
         fs::write(file, text).unwrap();
     })
     .await;

@@ -80,13 +80,13 @@ pub enum ScratchKind {
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum VhostNet {
-    /// Where it can; pod processes do elsewhere, and where there are limits.
+    /// Pod processes do.
     #[default]
+    Off,
+    /// Where it can; pod processes do elsewhere, and where there are limits.
     Auto,
     /// It must: a pod that cannot have it does not start.
     On,
-    /// Pod processes do.
-    Off,
 }
 
 /// How a pod's microVM is made.
@@ -263,7 +263,7 @@ impl Default for MicroVmConfig {
             disk_operations_per_second: 0,
             net_bytes_per_second: 0,
             net_packets_per_second: 0,
-            vhost_net: VhostNet::Auto,
+            vhost_net: VhostNet::Off,
             kernel_cmdline_extra: String::new(),
             start_timeout_seconds: 120,
             templates: false,

@@ -288,16 +288,13 @@ mod tests {
             let finding = vhost_net(&config, device);
             (finding.good, finding.detail)
         };
-        assert_eq!(told("", true), (true, vhost::DEVICE.to_owned()));
-        let (good, detail) = told("", false);
+        assert!(told("", true).1.contains("is off"));
+        let auto = "[microvm]\nvhost_net = \"auto\"";
+        assert_eq!(told(auto, true), (true, vhost::DEVICE.to_owned()));
+        let (good, detail) = told(auto, false);
         assert!(good && detail.contains("not there"), "{detail}");
-        let (good, detail) = told("[microvm]\nnet_packets_per_second = 1", true);
+        let (good, detail) = told(&format!("{auto}\nnet_packets_per_second = 1"), true);
         assert!(good && detail.contains("limits"), "{detail}");
-        assert!(
-            told("[microvm]\nvhost_net = \"off\"", true)
-                .1
-                .contains("is off")
-        );
         let (good, detail) = told("[microvm]\nvhost_net = \"on\"", false);
         assert!(!good && detail.contains("not there"), "{detail}");
         assert!(told("[microvm]\nvhost_net = \"on\"", true).0);
