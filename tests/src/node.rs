@@ -422,7 +422,7 @@ timeout_seconds = {plugin_seconds}
         plugins = dir.join("plugins").display(),
         plugin_seconds = options.plugin_seconds.unwrap_or(60),
         allow_host = options.allow_host,
-        microvm = options.microvm,
+        microvm = microvm(options),
         verity = options.verity,
         root = root.display(),
         state = state.display(),
@@ -466,6 +466,16 @@ fn spawn(dir: &Path, options: &NodeOptions, die_at: Option<&str>) -> Child {
         .stderr(log)
         .spawn()
         .expect("the daemon starts")
+}
+
+/// The lines of the `[microvm]` part that tests or who runs them ask for: with `CAISSON_TEMPLATES` pods are clones in
+/// tests that do not care.
+fn microvm(options: &NodeOptions) -> String {
+    let mut lines = options.microvm.clone();
+    if std::env::var_os("CAISSON_TEMPLATES").is_some() && !lines.contains("templates") {
+        lines.push_str("\ntemplates = true");
+    }
+    lines
 }
 
 /// The image archive, made once per machine.
