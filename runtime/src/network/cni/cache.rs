@@ -70,6 +70,11 @@ impl Cache {
         self.dir.join(format!("{id}.json"))
     }
 
+    /// What becomes a pod's file when it is whole. A daemon that ends before leaves it.
+    fn unfinished(&self, id: &str) -> PathBuf {
+        self.dir.join(format!("{id}.new"))
+    }
+
     /// Writes a pod's file.
     ///
     /// # Errors
@@ -77,8 +82,7 @@ impl Cache {
     pub fn save(&self, id: &str, cached: &Cached) -> Result<(), NetworkError> {
         let write = || -> io::Result<()> {
             fs::create_dir_all(&self.dir)?;
-            let file = self.file(id);
-            let new = file.with_extension("new");
+            let (file, new) = (self.file(id), self.unfinished(id));
             let mut out = fs::File::create(&new)?;
             io::Write::write_all(&mut out, &serde_json::to_vec(cached)?)?;
             out.sync_all()?;
@@ -106,12 +110,15 @@ impl Cache {
     /// # Errors
     /// The disk's.
     pub fn forget(&self, id: &str) -> Result<(), NetworkError> {
-        match fs::remove_file(self.file(id)) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                Err(host("forget the CNI result", id, &e))
+        for file in [self.unfinished(id), self.file(id)] {
+            match fs::remove_file(file) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                    return Err(host("forget the CNI result", id, &e));
+                }
+                _ => {}
             }
-            _ => Ok(()),
         }
+        Ok(())
     }
 
     /// The pods that have a file.

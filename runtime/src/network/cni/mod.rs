@@ -141,7 +141,7 @@ impl Cni {
     /// The first plugin's failure, after all were run; it can be called again.
     pub async fn del(&self, pod: &PodIdentity, netns: &Path) -> Result<(), NetworkError> {
         let Some(cached) = self.cache.restore(&pod.id)? else {
-            return Ok(());
+            return self.cache.forget(&pod.id);
         };
         let mut failed = None;
         for plugin in cached.list.plugins.iter().rev() {

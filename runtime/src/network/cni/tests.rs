@@ -259,3 +259,14 @@ async fn a_plugin_is_killed_with_what_it_has_started() {
     }
     panic!("the plugin's child {child} runs on");
 }
+
+#[tokio::test]
+async fn what_a_daemon_that_died_was_writing_goes_with_the_pod() {
+    let dir = tempfile::tempdir().unwrap();
+    let cni = cni(dir.path());
+    let unfinished = dir.path().join(format!("cache/{}.new", pod().id));
+    fs::write(&unfinished, "{").unwrap();
+    assert!(!cni.has(&pod().id));
+    cni.del(&pod(), Path::new("/nowhere")).await.unwrap();
+    assert!(!unfinished.exists());
+}
