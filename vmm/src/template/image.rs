@@ -3,13 +3,12 @@
 use std::fs::File;
 use std::io;
 
-use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 
-use crate::vm::memory;
+use crate::vm::memory::{self, HUGE};
 
 const PAGE: usize = 4096;
-/// A huge page of x86-64.
-const HUGE: usize = 2 << 20;
+const ZEROES: [u8; PAGE] = [0; PAGE];
 /// So many pages in use make a block worth a huge page: at the most as much again is lost, once for all clones.
 const DENSE: usize = HUGE / PAGE / 2;
 
@@ -45,48 +44,36 @@ impl Image {
     /// # Errors
     /// What the system says.
     pub fn write(&self) -> io::Result<()> {
+        let mut block = vec![0; HUGE];
         for region in self.from.iter() {
-            let (start, length) = (region.start_addr().0, region.len() as usize);
+            let (start, length) = (region.start_addr(), region.len() as usize);
             for offset in (0..length).step_by(HUGE) {
-                let size = HUGE.min(length - offset);
-                self.write_block(start + offset as u64, size)?;
+                let block = &mut block[..HUGE.min(length - offset)];
+                let at = start.unchecked_add(offset as u64);
+                self.from.read_slice(block, at).map_err(io::Error::other)?;
+                self.write_block(at, block)?;
             }
         }
         Ok(())
     }
 
-    fn write_block(&self, start: u64, size: usize) -> io::Result<()> {
-        let mut page = [0_u8; PAGE];
-        let mut read = |offset: usize| -> io::Result<Option<[u8; PAGE]>> {
-            let from = GuestAddress(start + offset as u64);
-            let slice = self.from.get_slice(from, PAGE).map_err(io::Error::other)?;
-            slice.copy_to(&mut page);
-            Ok((page != [0; PAGE]).then_some(page))
+    fn write_block(&self, at: GuestAddress, block: &[u8]) -> io::Result<()> {
+        let used = || {
+            let pages = block.chunks(PAGE).enumerate();
+            pages.filter(|(_, page)| *page != &ZEROES[..page.len()])
         };
-        let mut used = Vec::new();
-        for offset in (0..size).step_by(PAGE) {
-            if read(offset)?.is_some() {
-                used.push(offset);
-            }
+        if used().count() >= DENSE {
+            self.ask_for_huge_page(at, block.len())?;
         }
-        if used.len() >= DENSE {
-            self.ask_for_huge_page(start, size)?;
-        }
-        for offset in used {
-            if let Some(page) = read(offset)? {
-                let to = GuestAddress(start + offset as u64);
-                let slice = self.to.get_slice(to, PAGE).map_err(io::Error::other)?;
-                slice.copy_from(&page);
-            }
+        for (number, page) in used() {
+            let to = at.unchecked_add((number * PAGE) as u64);
+            self.to.write_slice(page, to).map_err(io::Error::other)?;
         }
         Ok(())
     }
 
-    fn ask_for_huge_page(&self, start: u64, size: usize) -> io::Result<()> {
-        let block = self
-            .to
-            .get_slice(GuestAddress(start), size)
-            .map_err(io::Error::other)?;
+    fn ask_for_huge_page(&self, at: GuestAddress, size: usize) -> io::Result<()> {
+        let block = self.to.get_slice(at, size).map_err(io::Error::other)?;
         // SAFETY: the range is of a mapping of ours, and its content stays what it is.
         let advised = unsafe {
             let at = block.ptr_guard_mut().as_ptr();
@@ -107,7 +94,6 @@ impl Image {
 mod tests {
     use super::*;
     use std::os::unix::fs::{FileExt, MetadataExt};
-    use vm_memory::Bytes;
 
     #[test]
     fn the_file_has_what_the_machine_has_used_and_holes() {

@@ -11,8 +11,8 @@ use std::ptr;
 
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
-/// A huge page of x86-64.
-const HUGE: usize = 2 << 20;
+/// A huge page of x86-64, in bytes.
+pub const HUGE: usize = 2 << 20;
 
 /// Maps ranges of guest-physical addresses: private, anonymous and without reservation, so that the pod's cgroup accounts
 /// for pages when they are touched. The mapping is for the life of the process.
@@ -23,7 +23,7 @@ pub fn map(ranges: &[(GuestAddress, usize)]) -> io::Result<GuestMemoryMmap> {
     regions(ranges, |size, _| aligned(size))
 }
 
-/// Maps ranges to a file that is made as long as all of them, one after another: what the guest writes is in the file.
+/// Maps ranges to a file that is made as long as all of them, one after another: what is written there is in the file.
 ///
 /// # Errors
 /// What the system says.
