@@ -237,14 +237,15 @@ fn run<H: Handler>(handler: &mut H, poll: &Poll, shared: &Shared) -> Result<(), 
     handler.start(poll)?;
     let mut events = [EpollEvent::default(); BATCH];
     loop {
-        if shared.lock().order == Order::Park {
+        let mut order = shared.lock().order;
+        if order == Order::Park {
             handler.park()?;
-            let order = wait_for_order(shared);
+            order = wait_for_order(shared);
             if order == Order::Run {
                 handler.unpark()?;
             }
         }
-        if shared.lock().order == Order::Stop {
+        if order == Order::Stop {
             return Ok(());
         }
         let ready = match poll.0.wait(timeout(handler.due()), &mut events) {
