@@ -152,6 +152,14 @@ impl Client {
         let found = choose(all, meant, "pods", |p| (p.id.clone(), name(p)))?;
         Ok(found.map(|pod| pod.id))
     }
+
+    /// The ID of the pod that a person means as of [`Client::find_pod`], or of the pod of a container as of [`Client::find`].
+    pub async fn pod_of(&self, meant: &str) -> Result<String, CliError> {
+        match self.find_pod(meant).await? {
+            Some(pod) => Ok(pod),
+            None => Ok(self.find(meant).await?.pod_sandbox_id),
+        }
+    }
 }
 
 /// The one that is meant; `known` tells the ID and the name of each.

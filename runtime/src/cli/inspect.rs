@@ -40,10 +40,7 @@ pub async fn inspect(client: &Client, args: InspectArgs) -> Result<ExitCode, Cli
 
 /// Says how the process of a pod is confined, or of the pod of a container.
 pub async fn doctor(client: &Client, meant: &str) -> Result<ExitCode, CliError> {
-    let pod = match client.find_pod(meant).await? {
-        Some(pod) => pod,
-        None => client.find(meant).await?.pod_sandbox_id,
-    };
+    let pod = client.pod_of(meant).await?;
     let mut info = pod_info(client, pod).await?;
     let found: Option<Confinement> =
         serde_json::from_value(info["confinement"].take()).map_err(CliError::other)?;

@@ -31,8 +31,8 @@ struct Row {
     held: Result<PodMemoryResponse, CliError>,
 }
 
-/// Shows what pods use: inside, and of the host's memory, where a pod on the host has its pod process alone. What a pod does not tell is left open, and why is told on
-/// standard error.
+/// Shows what pods use: inside, and of the host's memory, where a pod on the host has its pod process alone. What a pod does
+/// not tell is left open, and why is told on standard error.
 pub async fn stats(client: &Client, args: StatsArgs) -> Result<ExitCode, CliError> {
     let mut rows = Vec::new();
     for pod in chosen(client, &args.pods).await? {
@@ -44,13 +44,8 @@ pub async fn stats(client: &Client, args: StatsArgs) -> Result<ExitCode, CliErro
     }
     for row in &rows {
         let id = client::short(&row.pod.id);
-        for error in row
-            .used
-            .as_ref()
-            .err()
-            .iter()
-            .chain(&row.held.as_ref().err())
-        {
+        let errors = [row.used.as_ref().err(), row.held.as_ref().err()];
+        for error in errors.into_iter().flatten() {
             eprintln!("caisson: pod {id}: {error}");
         }
     }
@@ -87,10 +82,7 @@ async fn chosen(client: &Client, meant: &[String]) -> Result<Vec<cri::PodSandbox
     }
     let mut wanted = Vec::new();
     for meant in meant {
-        wanted.push(match client.find_pod(meant).await? {
-            Some(pod) => pod,
-            None => client.find(meant).await?.pod_sandbox_id,
-        });
+        wanted.push(client.pod_of(meant).await?);
     }
     pods.retain(|pod| wanted.contains(&pod.id));
     Ok(pods)

@@ -24,10 +24,7 @@ pub struct TimelineArgs {
 
 /// Shows the steps of a pod's start.
 pub async fn timeline(client: &Client, args: TimelineArgs) -> Result<ExitCode, CliError> {
-    let pod = match client.find_pod(&args.pod).await? {
-        Some(pod) => pod,
-        None => client.find(&args.pod).await?.pod_sandbox_id,
-    };
+    let pod = client.pod_of(&args.pod).await?;
     let steps = steps(client, &pod).await?;
     match args.svg {
         Some(file) => std::fs::write(&file, picture(&steps)).map_err(|error| {
