@@ -208,12 +208,7 @@ fn vhost_net(config: &Config, device: std::io::Result<()>) -> Finding {
         }
         (VhostNet::Auto | VhostNet::On, Ok(())) => (true, vhost::DEVICE.to_owned()),
         (VhostNet::Auto, Err(error)) => (true, format!("{processes}: {error}")),
-        (VhostNet::On, Err(error)) => (
-            false,
-            format!(
-                "{error}; load the kernel module vhost_net, or have microvm.vhost_net be \"auto\""
-            ),
-        ),
+        (VhostNet::On, Err(error)) => (false, vhost::needed(&error)),
     };
     Finding {
         what: "vhost-net",

@@ -50,13 +50,13 @@ pub fn open(setting: VhostNet, limit: RateLimit) -> io::Result<Option<OwnedFd>> 
             });
             Ok(None)
         }
-        Err(error) => Err(io::Error::new(
-            error.kind(),
-            format!(
-                "{error}; load the kernel module vhost_net, or have microvm.vhost_net be \"auto\""
-            ),
-        )),
+        Err(error) => Err(io::Error::new(error.kind(), needed(&error))),
     }
+}
+
+/// What there is to do where the device must be had and cannot.
+pub fn needed(error: &io::Error) -> String {
+    format!("{error}; load the kernel module vhost_net, or have microvm.vhost_net be \"auto\"")
 }
 
 #[cfg(test)]
