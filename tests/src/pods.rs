@@ -313,6 +313,15 @@ impl Node {
         out.trim().to_owned()
     }
 
+    /// What `caisson inspect` says of a pod.
+    pub fn inspect(&self, pod: &Pod) -> serde_json::Value {
+        let output = self.caisson(&["inspect", &pod.id]);
+        assert!(output.status.success(), "{output:?}");
+        let mut all: serde_json::Value =
+            serde_json::from_slice(&output.stdout).expect("a JSON list");
+        all[0].take()
+    }
+
     /// What `caisson stats` says of a pod.
     pub fn stats(&self, pod: &Pod) -> serde_json::Value {
         let output = self.caisson(&["stats", "--json", &pod.id]);

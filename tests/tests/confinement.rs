@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 
 use caisson_proto::cri;
 use caisson_tests::{ContainerOptions, Node, Pod};
-use serde_json::Value;
 
 const SLEEP: &str = "trap 'exit 0' TERM; sleep 100000 & wait";
 const NAMESPACES: [&str; 6] = ["ipc", "mnt", "net", "pid", "user", "uts"];
@@ -18,11 +17,6 @@ fn must(node: &Node, arguments: &[&str]) -> String {
     let output = node.caisson(arguments);
     assert!(output.status.success(), "{arguments:?}: {output:?}");
     String::from_utf8(output.stdout).unwrap()
-}
-
-fn inspect(node: &Node, pod: &Pod) -> Value {
-    let mut all: Value = serde_json::from_str(&must(node, &["inspect", &pod.id])).unwrap();
-    all[0].take()
 }
 
 /// A field of every thread's status.
@@ -43,7 +37,7 @@ fn namespace(pid: impl std::fmt::Display, name: &str) -> PathBuf {
 
 /// A pod's process and the user that it runs as, once all else that confines it was found in /proc.
 fn confined(node: &Node, pod: &Pod) -> (u64, String) {
-    let info = inspect(node, pod);
+    let info = node.inspect(pod);
     let pid = info["pid"].as_u64().unwrap();
     let users = of_threads(pid, "Uid:");
     let user: BTreeSet<_> = users
@@ -228,7 +222,7 @@ async fn a_pod_that_attacks_its_machine_harms_nobody_else() {
     };
     let (neighbour, hostile) = (node.pod("neighbour").await, node.pod("hostile").await);
     let peace = node.run(&neighbour, "c", SLEEP).await;
-    let before = inspect(&node, &neighbour);
+    let before = node.inspect(&neighbour);
     let options = ContainerOptions {
         privileged: true,
         ..ContainerOptions::default()
@@ -247,7 +241,7 @@ async fn a_pod_that_attacks_its_machine_harms_nobody_else() {
     tokio::time::sleep(std::time::Duration::from_secs(2)).await;
     // The neighbour is what it was, and the daemon answers.
     assert_eq!(node.says(&peace, "echo peace").await, "peace");
-    let after = inspect(&node, &neighbour);
+    let after = node.inspect(&neighbour);
     assert_eq!(after["pid"], before["pid"]);
     let request = cri::ListPodSandboxRequest::default();
     let listed = node.runtime.clone().list_pod_sandbox(request).await;

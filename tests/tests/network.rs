@@ -561,15 +561,6 @@ async fn there_and_back(node: &Node, container: &Container, bytes: usize) {
     assert!(got == expected, "other bytes");
 }
 
-/// What `caisson inspect` says of how the pod's process is confined.
-fn confinement(node: &Node, pod: &Pod) -> Value {
-    let said = node.caisson(&["inspect", &pod.id]);
-    assert!(said.status.success(), "{said:?}");
-    let all: Value = serde_json::from_slice(&said.stdout).unwrap();
-    let one = if all.is_array() { &all[0] } else { &all };
-    one["confinement"].clone()
-}
-
 /// The cgroup of a process or thread.
 fn cgroup(of: &str) -> String {
     fs::read_to_string(format!("/proc/{of}/cgroup")).unwrap()
@@ -605,7 +596,7 @@ async fn the_nodes_kernel_carries_frames_where_it_can() {
     };
     let pod = node.pod("kernel").await;
     let container = node.run(&pod, "c", SLEEP).await;
-    let told = confinement(&node, &pod);
+    let told = node.inspect(&pod)["confinement"].take();
     assert_eq!(told["vhost_net"], true, "{told}");
     // The kernel's thread is accounted for with the pod: it is one of the process's, or bears the number of one.
     let pid = told["pid"].to_string();
@@ -633,7 +624,7 @@ async fn the_nodes_kernel_carries_frames_where_it_can() {
     let away = Away::new();
     let other = node.pod("process").await;
     let in_other = node.run(&other, "c", SLEEP).await;
-    assert_eq!(confinement(&node, &other)["vhost_net"], false);
+    assert_eq!(node.inspect(&other)["confinement"]["vhost_net"], false);
     assert!(node.daemon_log().contains("no vhost-net"));
     there_and_back(&node, &in_other, 4 << 20).await;
     // Who has it keeps it.
