@@ -651,6 +651,14 @@ mod tests {
                 "[microvm]\nvhost_net = \"on\"\nnet_packets_per_second = 1",
                 "microvm.vhost_net",
             ),
+            (
+                "[telemetry]\nendpoint = \"https://node:4317\"",
+                "telemetry.endpoint",
+            ),
+            (
+                "[telemetry]\nendpoint = \"127.0.0.1:4317\"",
+                "telemetry.endpoint",
+            ),
             ("root = \"relative\"", "root"),
             ("[images]\nparallel_layers = 0", "images.parallel_layers"),
             (
