@@ -203,7 +203,7 @@ impl Network {
         guest: bool,
         ids: Option<UserIds>,
     ) -> Result<Port, NetworkError> {
-        self.cni.load_seen()?;
+        self.cni.load()?;
         let netns = self.netns_path(&pod.id);
         netns::create(&pod.id, netns.clone(), ids).await?;
         steps::done(Step::NamespaceMade);

@@ -192,9 +192,11 @@ async fn make(context: &Arc<Context>, pod: &Arc<Pod>, timings: Timings) -> Resul
     // What has failed is taken back, so that nothing of it may be under way any more.
     let network = network.await;
     let sandbox = started?;
-    pod.change(|record| record.network = network.ok().flatten().as_ref().map(shown));
     pod.set_sandbox(Some(sandbox));
-    pod.change(|record| record.state = SandboxState::Ready);
+    pod.change(|record| {
+        record.network = network.ok().flatten().as_ref().map(shown);
+        record.state = SandboxState::Ready;
+    });
     context.registry.save_pod(pod).await?;
     steps::done(Step::RunSaved);
     watch::watch(context, pod);

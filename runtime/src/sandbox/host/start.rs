@@ -31,7 +31,7 @@ impl Host {
     /// Makes the pod's directories and cgroup, starts its agent and its pod process, and lets the agent set up the
     /// sandbox. The agent comes before the pod process, which is told whom to watch. The network comes before both.
     ///
-    /// If a step fails everything is taken back, the plan's network excepted, which is the caller's.
+    /// If a step fails everything is taken back, the network excepted, which is the caller's.
     ///
     /// # Errors
     /// [`SandboxError::Start`] with the step that failed and why.
