@@ -118,6 +118,7 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
         images,
         network: Network::new(cni_config(&config), config.state.join("netns")),
         kvm: KvmProbe::new(config.clone()),
+        ready: pods::ReadyPool::new(config.microvm.ready_clones),
         boots: tokio::sync::Semaphore::new(boots()),
         telemetry: telemetry(&config)?,
         config,
@@ -135,17 +136,20 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
     collected.await?;
     tokio::spawn(collect_images(context.clone()));
     let probing = context.clone();
-    tokio::spawn(async move {
+    let keeping = tokio::spawn(async move {
         let probe = probing.kvm.get().await;
         tracing::info!(works = probe.works, "KVM: {}", probe.reason);
         if let Some(templates) = &probing.microvm.templates
             && probe.works
             && probing.config.uses(HandlerKind::MicroVm)
         {
-            templates.make(
-                pods::usual_shape(&probing.config.microvm),
-                probing.microvm.clone(),
-            );
+            match pods::usual_shape(&probing.config.microvm) {
+                Ok(shape) => templates.make(shape, probing.microvm.clone()),
+                Err(error) => {
+                    tracing::warn!(%error, "there is no usual pod to make a template for")
+                }
+            }
+            pods::keep_ready(&probing).await;
         }
     });
 
@@ -188,6 +192,8 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
         () = limit => Ok(()),
     };
     let _ = std::fs::remove_file(&socket);
+    keeping.abort();
+    pods::end_ready(&context).await;
     if context.telemetry.is_some() {
         let _ = tokio::task::spawn_blocking(move || {
             context.telemetry.as_ref().map(Telemetry::shut_down)

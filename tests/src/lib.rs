@@ -26,7 +26,7 @@ pub use leaks::Traces;
 pub use logs::{Line, read_log};
 pub use maker::ImageMaker;
 pub use node::{BRIDGE, Node, NodeOptions, bridged, dial};
-pub use pods::{Container, ContainerOptions, Pod, PodOptions};
+pub use pods::{Container, ContainerOptions, Pod, PodOptions, pod_process};
 pub use random::{Random, number};
 
 /// The name of the image that every node has.

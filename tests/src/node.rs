@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
 
-use crate::{IMAGE, Traces};
+use crate::{IMAGE, Pod, Traces};
 
 /// The bridge of the tests' pods.
 pub const BRIDGE: &str = "caisson-test0";
@@ -168,6 +168,17 @@ impl Node {
     /// Where the daemon keeps its run-time state.
     pub fn state(&self) -> &Path {
         self.state.path()
+    }
+
+    /// The directories of the pods of which there is something.
+    pub fn pod_directories(&self) -> Vec<PathBuf> {
+        let pods = entries(&self.state.path().join("pods"));
+        pods.into_iter().map(PathBuf::from).collect()
+    }
+
+    /// The directory of a running pod.
+    pub fn pod_directory(&self, pod: &Pod) -> PathBuf {
+        self.state.path().join("pods").join(&pod.id[..24])
     }
 
     /// Kills the daemon (SIGKILL) and starts it again.

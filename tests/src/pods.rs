@@ -1,11 +1,13 @@
 //! Pods and containers as a kubelet makes them.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use caisson_proto::cri;
 use cri::ContainerState;
+use nix::unistd::Pid;
 use tonic::Status;
 
 use crate::{IMAGE, Line, Node, read_log};
@@ -53,6 +55,8 @@ pub struct PodOptions {
     pub sysctls: HashMap<String, String>,
     /// Annotations.
     pub annotations: HashMap<String, String>,
+    /// The cgroup that the pod is accounted for in.
+    pub cgroup_parent: String,
 }
 
 /// How a container differs from the usual one.
@@ -80,6 +84,13 @@ pub struct ContainerOptions {
     pub devices: Vec<cri::Device>,
     /// An AppArmor profile of the node.
     pub apparmor: Option<String>,
+}
+
+/// The pod process that is noted in a pod's directory. It may have ended since.
+pub fn pod_process(directory: &Path) -> Option<Pid> {
+    let noted = fs::read_to_string(directory.join("vmm.pid")).ok()?;
+    let number = noted.split_once(' ')?.0.parse().ok()?;
+    Some(Pid::from_raw(number))
 }
 
 impl Node {
@@ -123,6 +134,7 @@ impl Node {
                     ..cri::LinuxSandboxSecurityContext::default()
                 }),
                 sysctls: options.sysctls,
+                cgroup_parent: options.cgroup_parent,
                 resources: Some(cri::LinuxContainerResources {
                     memory_limit_in_bytes: options.memory,
                     cpu_quota: options.millicpus * 100,

@@ -5,10 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use caisson_proto::cri;
-use caisson_tests::{ContainerOptions, Node, NodeOptions, PodOptions};
+use caisson_tests::{ContainerOptions, Node, NodeOptions, PodOptions, pod_process};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use tonic::Code;
 
 const SLEEP: &str = "trap 'exit 0' TERM; sleep 100000 & wait";
@@ -94,14 +93,8 @@ async fn a_dead_pod_is_reported_and_removed() {
     let pod = node.pod("dead").await;
     let container = node.run(&pod, "c", SLEEP).await;
     // must-test: a dead VMM leaves pods Terminating for ever.
-    let pid = fs::read_dir(node.state().join("pods"))
-        .unwrap()
-        .next()
-        .unwrap()
-        .unwrap();
-    let pid = fs::read_to_string(pid.path().join("vmm.pid")).unwrap();
-    let pid = pid.split(' ').next().unwrap().parse().unwrap();
-    kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+    let process = pod_process(&node.pod_directory(&pod)).unwrap();
+    kill(process, Signal::SIGKILL).unwrap();
     let status = node.ended(&container).await;
     assert_ne!(status.exit_code, 0);
     assert_eq!(

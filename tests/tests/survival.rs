@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use caisson_proto::cri;
-use caisson_tests::{ContainerOptions, Node, Pod, PodOptions};
+use caisson_tests::{ContainerOptions, Node, Pod, PodOptions, pod_process};
 use caisson_vmm_protocol::{Channel, PROTOCOL_VERSION, Reply, Request, VmState, VmStatus};
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
@@ -16,21 +16,14 @@ use tonic::Code;
 
 const SLEEP: &str = "trap 'exit 0' TERM; sleep 100000 & wait";
 
-/// Where the daemon has what belongs to a running pod.
-fn directory(node: &Node, pod: &Pod) -> PathBuf {
-    node.state().join("pods").join(&pod.id[..24])
-}
-
 /// The process of a pod.
 fn process(node: &Node, pod: &Pod) -> Pid {
-    let noted = fs::read_to_string(directory(node, pod).join("vmm.pid")).unwrap();
-    let (pid, _) = noted.split_once(' ').unwrap();
-    Pid::from_raw(pid.parse().unwrap())
+    pod_process(&node.pod_directory(pod)).unwrap()
 }
 
 /// The agent of a pod on the host.
 fn agent(node: &Node, pod: &Pod) -> Pid {
-    let group = fs::read_to_string(directory(node, pod).join("cgroup")).unwrap();
+    let group = fs::read_to_string(node.pod_directory(pod).join("cgroup")).unwrap();
     let agents = fs::read_to_string(PathBuf::from(group).join("sandbox/agent/cgroup.procs"));
     let agents = agents.unwrap();
     Pid::from_raw(agents.lines().next().unwrap().parse().unwrap())
@@ -38,7 +31,7 @@ fn agent(node: &Node, pod: &Pod) -> Pid {
 
 /// Asks a pod's process what a daemon would.
 fn ask(node: &Node, pod: &Pod, request: &Request) -> Reply {
-    let stream = UnixStream::connect(directory(node, pod).join("control.sock")).unwrap();
+    let stream = UnixStream::connect(node.pod_directory(pod).join("control.sock")).unwrap();
     let mut channel = Channel::new(stream);
     channel.send(request, &[]).unwrap();
     channel.recv::<Reply>().unwrap().message
@@ -168,7 +161,7 @@ async fn an_end_has_its_reason() {
     assert!(status.message.contains("panicked"), "{status:?}");
 
     // The node's kernel kills the pod process.
-    let group = fs::read_to_string(directory(&node, &starves).join("cgroup")).unwrap();
+    let group = fs::read_to_string(node.pod_directory(&starves).join("cgroup")).unwrap();
     let group = PathBuf::from(group);
     for above in [Path::new("/sys/fs/cgroup"), group.parent().unwrap()] {
         fs::write(above.join("cgroup.subtree_control"), "+memory").unwrap();
@@ -194,7 +187,7 @@ async fn a_pod_process_of_another_version_is_not_spoken_to() {
     assert!(message.contains(&both), "{message}");
 
     // The other way round: this daemon finds a pod process of the next version.
-    let socket = directory(&node, &pod).join("control.sock");
+    let socket = node.pod_directory(&pod).join("control.sock");
     node.restart_after(|_| {
         fs::rename(&socket, socket.with_extension("away")).unwrap();
         let listener = UnixListener::bind(&socket).unwrap();
@@ -257,13 +250,17 @@ async fn a_reboot_is_told_and_its_pods_are_made_anew() {
     // What a reboot does: no process, mount, namespace or file below /run is left, and the kernel has another boot ID.
     node.restart_after(|node| {
         kill(victim, Signal::SIGKILL).unwrap();
-        let group = fs::read_to_string(directory(node, &pod).join("cgroup")).unwrap();
+        let group = fs::read_to_string(node.pod_directory(&pod).join("cgroup")).unwrap();
         let deadline = Instant::now() + Duration::from_secs(30);
         while let Err(error) = fs::remove_dir(&group) {
             assert!(Instant::now() < deadline, "{victim} does not die: {error}");
             std::thread::sleep(Duration::from_millis(20));
         }
-        umount2(&directory(node, &pod).join("share"), MntFlags::MNT_DETACH).unwrap();
+        umount2(
+            &node.pod_directory(&pod).join("share"),
+            MntFlags::MNT_DETACH,
+        )
+        .unwrap();
         for entry in fs::read_dir(node.state().join("netns")).unwrap() {
             let namespace = entry.unwrap().path();
             umount2(&namespace, MntFlags::MNT_DETACH).unwrap();

@@ -5,7 +5,9 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use caisson_tests::{Container, Node, NodeOptions, Pod, PodOptions};
+use caisson_tests::{Container, Node, NodeOptions, Pod, PodOptions, pod_process};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 const WAIT: Duration = Duration::from_secs(120);
 const SLEEP: &str = "trap 'exit 0' TERM; sleep 100000 & wait";
@@ -201,4 +203,118 @@ async fn a_template_that_is_damaged_costs_a_boot_and_no_more() {
     node.remove(&pod).await;
     node.assert_nothing_left().await;
     assert_eq!(fs::read_dir(&making).unwrap().count(), 0);
+}
+
+/// Waits until so many machines wait for their pods, beside those of these pods; their directories.
+async fn wait_for_ready(node: &Node, count: usize, pods: &[&Pod]) -> Vec<PathBuf> {
+    let known: Vec<_> = pods.iter().map(|pod| node.pod_directory(pod)).collect();
+    let deadline = Instant::now() + WAIT;
+    loop {
+        let log = node.daemon_log();
+        let said: Vec<_> = log
+            .lines()
+            .filter(|line| line.contains("waits for its pod"))
+            .collect();
+        let mut there = node.pod_directories();
+        there.retain(|directory| !known.contains(directory));
+        let wait = there.iter().all(|directory| {
+            let id = directory.file_name().unwrap().to_string_lossy();
+            said.iter().any(|line| line.contains(&*id))
+        });
+        if wait && there.len() == count {
+            return there;
+        }
+        assert!(Instant::now() < deadline, "{there:?}: {log}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// Whether the pod got a machine that waited for it, as its timeline says.
+fn was_ready(node: &Node, pod: &Pod) -> bool {
+    let output = node.caisson(&["timeline", &pod.id]);
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8_lossy(&output.stdout).contains("take ready machine")
+}
+
+async fn cgroup(node: &Node, pod: &Pod) -> String {
+    let process = pod_process(&node.pod_directory(pod)).unwrap();
+    fs::read_to_string(format!("/proc/{process}/cgroup")).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_waits_becomes_the_next_pod() {
+    let options = NodeOptions {
+        microvm: "templates = true\nready_clones = 2".into(),
+        ..NodeOptions::default()
+    };
+    let Some(mut node) = Node::start_with(options).await else {
+        return;
+    };
+    let waiting = wait_for_ready(&node, 2, &[]).await;
+    // Nobody sees them: they are no pods.
+    let listed = node.caisson(&["pods"]);
+    let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+    let short =
+        |directory: &PathBuf| directory.file_name().unwrap().to_string_lossy()[..12].to_owned();
+    assert!(
+        !waiting.iter().any(|one| listed.contains(&short(one))),
+        "{listed}"
+    );
+
+    let parent = "/caisson-test/ready";
+    let options = PodOptions {
+        cgroup_parent: parent.into(),
+        ..PodOptions::default()
+    };
+    let pod = node.pod_with("one", options).await.unwrap();
+    assert!(was_ready(&node, &pod), "{}", node.daemon_log());
+    assert!(waiting.contains(&node.pod_directory(&pod)));
+    let place = cgroup(&node, &pod).await;
+    assert!(place.contains(parent), "{place}");
+    let container = sleeper(&node, &pod).await;
+    assert_eq!(node.says(&container, "hostname").await.trim(), "one");
+    let ip = node.pod_status(&pod).await.unwrap().network.unwrap().ip;
+    let gateway = format!("{}.1", ip.rsplit_once('.').unwrap().0);
+    let ping = format!("ping -c 1 -W 20 {gateway}");
+    node.says(&container, &ping).await;
+
+    // A pod of another size, or without a network, is none of theirs.
+    wait_for_ready(&node, 2, &[&pod]).await;
+    let larger = PodOptions {
+        memory: 160 << 20,
+        ..PodOptions::default()
+    };
+    let other = node.pod_with("larger", larger).await.unwrap();
+    assert!(!was_ready(&node, &other));
+    node.remove(&other).await;
+
+    // Those that wait end with the daemon, whose pods go on; its successor has others.
+    let before = wait_for_ready(&node, 2, &[&pod]).await;
+    node.restart().await;
+    let after = wait_for_ready(&node, 2, &[&pod]).await;
+    assert!(before.iter().all(|old| !after.contains(old)), "{after:?}");
+    assert_eq!(node.says(&container, "hostname").await.trim(), "one");
+
+    // One that has died while it waited costs the pod its advantage and no more.
+    for directory in &after {
+        kill(pod_process(directory).unwrap(), Signal::SIGKILL).unwrap();
+    }
+    let next = node.pod("two").await;
+    let fresh = sleeper(&node, &next).await;
+    assert_eq!(node.says(&fresh, "hostname").await.trim(), "two");
+    wait_for_ready(&node, 2, &[&pod, &next]).await;
+
+    // A daemon that is told to stop leaves its pods and nothing else.
+    node.remove(&next).await;
+    wait_for_ready(&node, 2, &[&pod]).await;
+    kill(Pid::from_raw(node.daemon_pid() as i32), Signal::SIGTERM).unwrap();
+    let deadline = Instant::now() + WAIT;
+    while !node.is_dead() {
+        assert!(Instant::now() < deadline, "{}", node.daemon_log());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert_eq!(node.pod_directories(), [node.pod_directory(&pod)]);
+    node.start_again(None);
+    node.wait_until_serving().await;
+    assert_eq!(node.says(&container, "hostname").await.trim(), "one");
 }

@@ -152,6 +152,11 @@ const KEYS: &[(&str, &str, &str)] = &[
         "Whether pods are clones of machines that were booted once, of the same memory, processors and kernel. They share what their kernels have in memory until they change it.",
     ),
     (
+        "microvm",
+        "ready_clones",
+        "How many clones of the usual size are started before their pods are known, which then need not wait for that; 0: none. Each holds some 15 MiB. Of use only with templates.",
+    ),
+    (
         "cni",
         "conf_dir",
         "CNI network configurations; the first file by name counts.",

@@ -129,6 +129,8 @@ pub struct MicroVmConfig {
     pub start_timeout_seconds: u32,
     /// Whether pods are clones of machines that were booted once.
     pub templates: bool,
+    /// How many clones are started before their pods are known.
+    pub ready_clones: u32,
 }
 
 /// How a pod on the host is made.
@@ -267,6 +269,7 @@ impl Default for MicroVmConfig {
             kernel_cmdline_extra: String::new(),
             start_timeout_seconds: 120,
             templates: false,
+            ready_clones: 0,
         }
     }
 }
@@ -454,6 +457,12 @@ impl Config {
             return value(
                 "microvm.users",
                 "each pod has a user, templates have one, and user IDs end at 4294967294",
+            );
+        }
+        if self.microvm.ready_clones > 0 && !self.microvm.templates {
+            return value(
+                "microvm.ready_clones",
+                "they are clones of a template, so templates must be true",
             );
         }
         if !(1..=64).contains(&self.images.parallel_layers) {

@@ -51,6 +51,8 @@ pub struct Context {
     pub kvm: KvmProbe,
     /// What issues streaming URLs.
     pub streaming: caisson_streaming::Endpoint,
+    /// Machines that wait for their pods.
+    pub ready: pods::ReadyPool,
     /// The right to boot a guest.
     pub boots: tokio::sync::Semaphore,
     /// Where the steps of pods' starts are told, if a collector is configured.

@@ -224,14 +224,52 @@ impl Registry {
     ///
     /// # Errors
     /// ALREADY_EXISTS with the ID that has the name; RESOURCE_EXHAUSTED when all users are in use; the disk fails.
-    pub async fn create_pod(&self, mut record: SandboxRecord) -> Result<Arc<Pod>, CriError> {
+    pub async fn create_pod(&self, record: SandboxRecord) -> Result<Arc<Pod>, CriError> {
+        Ok(self.adopt_pod(self.reserve(record).await?))
+    }
+
+    /// The same for a machine that is started ahead of its pod: nobody knows it, and a later daemon takes what it finds
+    /// by the record for a pod half made.
+    ///
+    /// # Errors
+    /// See [`Registry::create_pod`].
+    pub async fn reserve(&self, mut record: SandboxRecord) -> Result<SandboxRecord, CriError> {
         let user = self.users.take()?;
         record.user = user;
         if let Err(error) = self.store.create_sandbox(record.clone()).await {
             self.users.free(user);
             return Err(error.into());
         }
+        Ok(record)
+    }
+
+    /// Makes what was reserved this pod: the ID and the user stay.
+    ///
+    /// # Errors
+    /// ALREADY_EXISTS with the ID that has the name; the disk fails. It is then still reserved.
+    pub async fn claim(
+        &self,
+        reserved: &Arc<SandboxRecord>,
+        record: SandboxRecord,
+    ) -> Result<Arc<Pod>, CriError> {
+        let record = SandboxRecord {
+            id: reserved.id.clone(),
+            user: reserved.user,
+            ..record
+        };
+        let renamed = self.store.rename_sandbox(reserved.clone(), record.clone());
+        renamed.await?;
         Ok(self.adopt_pod(record))
+    }
+
+    /// Forgets what was reserved.
+    ///
+    /// # Errors
+    /// The disk fails; it is then still reserved.
+    pub async fn release(&self, reserved: &Arc<SandboxRecord>) -> Result<(), CriError> {
+        self.store.delete_sandbox(reserved.clone()).await?;
+        self.users.free(reserved.user);
+        Ok(())
     }
 
     /// Makes a pod known whose record is in the store.

@@ -146,6 +146,19 @@ impl Store {
         self.run(move |database| create(database, &record)).await
     }
 
+    /// Reserves the sandbox's name, frees the one it had before, and writes its record.
+    ///
+    /// # Errors
+    /// See [`Store::create_sandbox`]; it then has the old name and record.
+    pub async fn rename_sandbox(
+        &self,
+        before: Arc<SandboxRecord>,
+        record: SandboxRecord,
+    ) -> Result<(), StoreError> {
+        self.run(move |database| rename(database, &*before, &record))
+            .await
+    }
+
     /// Writes a sandbox's record.
     ///
     /// # Errors
@@ -285,6 +298,11 @@ fn all<R: Record>(database: &Database) -> Result<Vec<R>, StoreError> {
 }
 
 fn create<R: Record>(database: &Database, record: &R) -> Result<(), StoreError> {
+    rename(database, record, record)
+}
+
+/// Writes a record under its name, which is new, and frees the one it had before, if that was another.
+fn rename<R: Record>(database: &Database, before: &R, record: &R) -> Result<(), StoreError> {
     const WHAT: &str = "reserve a name";
     let write = database.begin_write().map_err(|e| failed(WHAT, e))?;
     {
@@ -304,6 +322,12 @@ fn create<R: Record>(database: &Database, record: &R) -> Result<(), StoreError> 
         names
             .insert(key.as_str(), record.id())
             .map_err(|e| failed(WHAT, e))?;
+        let key_before = name_key(before);
+        if key_before != key {
+            names
+                .remove(key_before.as_str())
+                .map_err(|e| failed(WHAT, e))?;
+        }
         let mut table = write.open_table(R::TABLE).map_err(|e| failed(WHAT, e))?;
         table
             .insert(record.id(), encode(record)?.as_slice())
@@ -433,6 +457,23 @@ pub(crate) mod tests {
             .await
             .unwrap();
         assert!(store.create_sandbox(sandbox("c3", "web")).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_new_name_frees_the_old_one_or_changes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("s")).unwrap();
+        let before = Arc::new(sandbox("a1", "a1"));
+        store.create_sandbox((*before).clone()).await.unwrap();
+        store.create_sandbox(sandbox("b2", "web")).await.unwrap();
+        let taken = store.rename_sandbox(before.clone(), sandbox("a1", "web"));
+        assert!(matches!(taken.await, Err(StoreError::NameInUse { .. })));
+        assert!(store.create_sandbox(sandbox("c3", "a1")).await.is_err());
+        let free = store.rename_sandbox(before, sandbox("a1", "db"));
+        free.await.unwrap();
+        assert!(store.create_sandbox(sandbox("c3", "db")).await.is_err());
+        store.create_sandbox(sandbox("c3", "a1")).await.unwrap();
+        assert_eq!(store.sandboxes().unwrap().len(), 3);
     }
 
     #[tokio::test]

@@ -95,6 +95,25 @@ pub struct SandboxRecord {
     pub user: u32,
 }
 
+impl SandboxRecord {
+    /// The first record of a pod, before its user is known.
+    pub fn first(id: String, name: String, created_at: i64) -> Self {
+        Self {
+            id,
+            name,
+            handler: String::new(),
+            kind: HandlerKind::MicroVm,
+            created_at,
+            state: SandboxState::Creating,
+            reason: String::new(),
+            silence: None,
+            config: Proto(cri::PodSandboxConfig::default()),
+            network: None,
+            user: 0,
+        }
+    }
+}
+
 /// What becomes of a container. Each state is written before the work that leads out of it begins.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use std::{fmt, fs};
 
 use caisson_proto::cri::runtime_service_client::RuntimeServiceClient;
-use caisson_tests::{Node, Random, dial};
+use caisson_tests::{Node, Random, dial, pod_process};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tonic::transport::Channel;
@@ -139,17 +139,14 @@ fn process_of(pod: &Path) -> Option<(&'static str, Pid, String)> {
     let group = fs::read_to_string(pod.join("cgroup")).unwrap_or_default();
     let agents = fs::read_to_string(Path::new(&group).join("sandbox/agent/cgroup.procs"));
     let agent = agents.ok().and_then(|all| all.lines().next()?.parse().ok());
-    let (kind, number) = match agent {
-        Some(agent) => (AGENT, agent),
-        None => {
-            let noted = fs::read_to_string(pod.join("vmm.pid")).ok()?;
-            (POD_PROCESS, noted.split_once(' ')?.0.parse().ok()?)
-        }
+    let (kind, process) = match agent {
+        Some(agent) => (AGENT, Pid::from_raw(agent)),
+        None => (POD_PROCESS, pod_process(pod)?),
     };
     // Not a process that has its number since.
-    let name = fs::read_to_string(format!("/proc/{number}/comm")).ok()?;
+    let name = fs::read_to_string(format!("/proc/{process}/comm")).ok()?;
     name.starts_with("caisson-").then(|| {
         let id = pod.file_name().unwrap_or_default().to_string_lossy();
-        (kind, Pid::from_raw(number), id.into_owned())
+        (kind, process, id.into_owned())
     })
 }

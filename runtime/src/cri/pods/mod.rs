@@ -2,6 +2,7 @@
 
 mod dns;
 mod health;
+mod ready;
 mod reboot;
 mod recover;
 mod remove;
@@ -17,6 +18,7 @@ mod watch;
 
 use caisson_proto::cri;
 
+pub use ready::{ReadyPool, end_ready, keep_ready};
 pub use recover::recover;
 pub use remove::remove;
 pub use resize::resize;

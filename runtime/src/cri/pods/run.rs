@@ -6,6 +6,7 @@ use caisson_proto::cri;
 
 use super::super::registry::{Pod, now};
 use super::super::{Context, CriError, new_id, spec};
+use super::ready::Ready;
 use super::{
     dns, identity, namespaces, on_host_network, sandbox, scratch, shares_pid, size, wants_network,
     watch,
@@ -40,25 +41,32 @@ pub async fn run(
         context.kvm.require().await?;
     }
 
+    let ahead = match kind {
+        HandlerKind::MicroVm => context
+            .ready
+            .take(&size::shape(&config, &context.config.microvm)?),
+        HandlerKind::Host => None,
+    };
     let record = SandboxRecord {
-        id: new_id(),
-        name,
         handler: request.runtime_handler,
         kind,
-        created_at: now(),
-        state: SandboxState::Creating,
-        reason: String::new(),
-        silence: None,
         config: Proto(config),
-        network: None,
-        // Given with its name.
-        user: 0,
+        ..SandboxRecord::first(new_id(), name, now())
     };
-    let pod = context.registry.create_pod(record).await?;
+    let (pod, ahead) = match ahead {
+        Some(machine) => match context.registry.claim(&machine.record, record).await {
+            Ok(pod) => (pod, Some(machine)),
+            Err(error) => {
+                context.ready.put(machine);
+                return Err(error);
+            }
+        },
+        None => (context.registry.create_pod(record).await?, None),
+    };
     steps::done(Step::RunRecorded);
     let _making = pod.lifecycle.write().await;
     let timings = Timings::begin();
-    let made = make(context, &pod, timings.clone()).await;
+    let made = make(context, &pod, timings.clone(), ahead).await;
     if let Some(telemetry) = &context.telemetry {
         let error = made.as_ref().err().map(|error| error.message.as_str());
         telemetry.pod_started(caller, &pod.record(), &timings, error);
@@ -149,10 +157,18 @@ fn check(
 
 /// The steps, in order: a place for the network first, because the machine is built with its tap; what CNI does there, and
 /// the machine; the record is ready last, because then containers may come.
-async fn make(context: &Arc<Context>, pod: &Arc<Pod>, timings: Timings) -> Result<(), CriError> {
+async fn make(
+    context: &Arc<Context>,
+    pod: &Arc<Pod>,
+    timings: Timings,
+    ahead: Option<Ready>,
+) -> Result<(), CriError> {
     let record = pod.record();
     let ids = spec::user_ids(&namespaces(&record.config.0))?;
-    let port = if wants_network(&record.config.0)? {
+    let (vm, port) = ahead.map(|ready| (ready.vm, ready.port)).unzip();
+    let port = if port.is_some() {
+        port
+    } else if wants_network(&record.config.0)? {
         let identity = identity(&record);
         let guest = record.kind == HandlerKind::MicroVm;
         // A guest has namespaces of its own, with an owner of its own.
@@ -188,7 +204,7 @@ async fn make(context: &Arc<Context>, pod: &Arc<Pod>, timings: Timings) -> Resul
         user: record.user,
     };
     let network = connect(context, pod, &plan, timings.clone());
-    let started = sandbox::start(context, record.kind, &plan, network.clone(), timings).await;
+    let started = sandbox::start(context, record.kind, &plan, network.clone(), timings, vm).await;
     // What has failed is taken back, so that nothing of it may be under way any more.
     let network = network.await;
     let sandbox = started?;
@@ -264,13 +280,7 @@ pub fn hostname(config: &cri::PodSandboxConfig, id: &str) -> String {
 /// that a later stop and remove try again.
 pub(super) async fn undo(context: &Context, pod: &Arc<Pod>, reason: &str) {
     let undone = async {
-        let sandbox = match pod.sandbox() {
-            Some(sandbox) => sandbox,
-            None => sandbox::find(context, &pod.record()).await?,
-        };
-        sandbox.stop(std::time::Duration::ZERO).await?;
-        sandbox.remove().await?;
-        context.network.teardown(&identity(&pod.record())).await?;
+        sandbox::take_back(context, &pod.record()).await?;
         pod.set_sandbox(None);
         context.registry.delete_pod(pod).await
     };

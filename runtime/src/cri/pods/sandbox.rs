@@ -1,8 +1,10 @@
 //! Which kind of sandbox a pod has.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use super::super::Context;
+use super::super::{Context, CriError};
+use super::identity;
 use crate::config::HandlerKind;
 use crate::network::Coming;
 use crate::sandbox::host::Host;
@@ -11,7 +13,8 @@ use crate::sandbox::{Sandbox, SandboxError, SandboxPlan};
 use crate::store::SandboxRecord;
 use crate::timings::Timings;
 
-/// Starts a sandbox of this kind, which gets its network as soon as that is there.
+/// Starts a sandbox of this kind, which gets its network as soon as that is there, and the machine that was started `ahead`
+/// for it, if there is one.
 ///
 /// # Errors
 /// [`SandboxError::Start`] and [`SandboxError::Network`]; nothing is left then but the network.
@@ -21,6 +24,7 @@ pub async fn start(
     plan: &SandboxPlan,
     network: Coming,
     timings: Timings,
+    ahead: Option<MicroVm>,
 ) -> Result<Arc<dyn Sandbox>, SandboxError> {
     match kind {
         HandlerKind::Host => {
@@ -28,10 +32,15 @@ pub async fn start(
             Ok(Arc::new(host))
         }
         HandlerKind::MicroVm => {
-            let turn = timings
-                .step("wait for a turn", context.boots.acquire())
-                .await;
-            let vm = MicroVm::start(plan, &context.microvm, network, timings).await?;
+            let turn = match ahead {
+                None => {
+                    let turn = context.boots.acquire();
+                    Some(timings.step("wait for a turn", turn).await)
+                }
+                // It runs already.
+                Some(_) => None,
+            };
+            let vm = MicroVm::start(plan, &context.microvm, network, timings, ahead).await?;
             drop(turn);
             Ok(Arc::new(vm))
         }
@@ -50,4 +59,15 @@ pub async fn find(
         HandlerKind::Host => Arc::new(Host::recover(&record.id, &context.host).await?),
         HandlerKind::MicroVm => Arc::new(MicroVm::recover(&record.id, &context.microvm).await?),
     })
+}
+
+/// Ends and removes all of a pod that was not finished, its network too, by what is on disk. Idempotent.
+///
+/// # Errors
+/// The step that failed.
+pub async fn take_back(context: &Context, record: &SandboxRecord) -> Result<(), CriError> {
+    let sandbox = find(context, record).await?;
+    sandbox.stop(Duration::ZERO).await?;
+    sandbox.remove().await?;
+    Ok(context.network.teardown(&identity(record)).await?)
 }

@@ -2,29 +2,59 @@
 
 use caisson_proto::cri;
 
-use super::scratch;
+use super::super::CriError;
+use super::{scratch, wants_network};
 use crate::config::MicroVmConfig;
 // Of the overhead that a RuntimeClass names: both count against the same limit of the pod's cgroup.
-use crate::sandbox::Scratch;
+use crate::sandbox::SandboxPlan;
 use crate::sandbox::microvm::{PROCESS_MIB, Shape};
 
 const MAX_VCPUS: u64 = 32;
 const MAX_MEMORY_MIB: u64 = 1 << 20;
 const MIB: u64 = 1 << 20;
 
-/// The shape of a pod without limits and annotations, with a network.
-pub fn usual_shape(defaults: &MicroVmConfig) -> Shape {
-    let pod = cri::PodSandboxConfig::default();
-    let (vcpus, memory_mib) = machine(&pod, defaults);
-    Shape {
+/// What of a microVM pod's plan follows from its configuration alone: how large its machine is.
+///
+/// # Errors
+/// INVALID_ARGUMENT for an annotation that cannot be honoured.
+pub fn plan(
+    config: &cri::PodSandboxConfig,
+    defaults: &MicroVmConfig,
+) -> Result<SandboxPlan, CriError> {
+    let (vcpus, memory_mib) = machine(config, defaults);
+    Ok(SandboxPlan {
         vcpus,
         memory_mib,
-        scratch: match scratch::of(&pod, defaults, memory_mib) {
-            Ok(Scratch::Disk { bytes, .. }) => Some(bytes),
-            _ => None,
-        },
-        network: true,
-    }
+        scratch: scratch::of(config, defaults, memory_mib)?,
+        ..SandboxPlan::default()
+    })
+}
+
+/// The shape of a pod's machine.
+///
+/// # Errors
+/// INVALID_ARGUMENT for an annotation that cannot be honoured.
+pub fn shape(config: &cri::PodSandboxConfig, defaults: &MicroVmConfig) -> Result<Shape, CriError> {
+    Ok(Shape {
+        network: wants_network(config)?,
+        ..Shape::of(&plan(config, defaults)?)
+    })
+}
+
+/// The plan of a pod without limits and annotations.
+///
+/// # Errors
+/// See [`plan`].
+pub fn usual_plan(defaults: &MicroVmConfig) -> Result<SandboxPlan, CriError> {
+    plan(&cri::PodSandboxConfig::default(), defaults)
+}
+
+/// The shape of a pod without limits and annotations, which has a network.
+///
+/// # Errors
+/// See [`shape`].
+pub fn usual_shape(defaults: &MicroVmConfig) -> Result<Shape, CriError> {
+    shape(&cri::PodSandboxConfig::default(), defaults)
 }
 
 /// Virtual CPUs and MiB of memory for a pod: its limits, or the configured size where it has none. The guest's own

@@ -30,7 +30,7 @@ use caisson_vmm_protocol::RateLimit;
 use crate::config::VhostNet;
 use crate::timings::Timings;
 use share::Share;
-pub use template::{Shape, Templates};
+pub use template::{Shape, Template, Templates};
 use tree::Tree;
 
 /// The serial of the disk of image layers.

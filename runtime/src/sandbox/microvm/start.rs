@@ -45,6 +45,16 @@ const ENTROPY: usize = 64;
 const CMDLINE: &str = "console=ttyS0 earlyprintk=ttyS0,115200 quiet panic=-1 reboot=t \
                        tsc=reliable no_timer_check random.trust_cpu=on cryptomgr.notests pci=off";
 
+/// Where a pod's machine comes from.
+enum Origin<'a> {
+    /// It was started before the pod was known.
+    Ahead(Box<MicroVm>),
+    /// It is a clone of this template.
+    Clone(&'a Template),
+    /// It boots its kernel.
+    Boot,
+}
+
 impl MicroVm {
     /// Makes the pod's directory, share and disk, starts its pod process, boots the guest and lets the agent
     /// set up the sandbox. The steps depend on each other in this order: the machine is built from descriptors of
@@ -53,7 +63,7 @@ impl MicroVm {
     ///
     /// If a step fails everything is taken back, the network excepted, which is the caller's. A guest that
     /// resets itself before its agent has answered has done nothing yet, so it is booted once more, and the log says so.
-    /// Where there is a template of its shape, the pod is a clone of that.
+    /// Where there is a template of its shape, the pod is a clone of that; or it gets the machine that was started `ahead`.
     ///
     /// # Errors
     /// [`SandboxError::Start`] with the step that failed and why; [`SandboxError::Reset`] for a guest that resets
@@ -63,17 +73,26 @@ impl MicroVm {
         config: &MicroVmConfig,
         network: Coming,
         timings: Timings,
+        ahead: Option<Self>,
     ) -> Result<Self, SandboxError> {
         let shape = Shape::of(plan);
         let templates = config.templates.as_ref();
-        let once = async |template: Option<&Template>| {
+        let once = async |origin: Origin| {
             let (network, timings) = (network.clone(), timings.clone());
-            Self::start_once(plan, config, network, timings, template).await
+            Self::start_once(plan, config, network, timings, origin).await
         };
+        if let Some(vm) = ahead {
+            match once(Origin::Ahead(Box::new(vm))).await {
+                Err(error) if !matches!(error, SandboxError::Network(_)) => {
+                    tracing::warn!(%error, "the machine that was ready is of no use; another one is started");
+                }
+                ended => return ended,
+            }
+        }
         if let Some((templates, template)) =
             templates.and_then(|templates| Some((templates, templates.find(&shape, config)?)))
         {
-            match once(Some(&template)).await {
+            match once(Origin::Clone(&template)).await {
                 Err(error @ SandboxError::Network(_)) => return Err(error),
                 Err(error) => {
                     tracing::warn!(%error, "the pod could not be a clone; it boots its kernel");
@@ -82,10 +101,10 @@ impl MicroVm {
                 started => return started,
             }
         }
-        match once(None).await {
+        match once(Origin::Boot).await {
             Err(error @ SandboxError::Reset { .. }) => {
                 tracing::warn!(%error, "booting the guest once more");
-                once(None).await
+                once(Origin::Boot).await
             }
             other => other,
         }
@@ -96,12 +115,20 @@ impl MicroVm {
         config: &MicroVmConfig,
         network: Coming,
         timings: Timings,
-        template: Option<&Template>,
+        origin: Origin<'_>,
     ) -> Result<Self, SandboxError> {
         let result = async {
-            let machine = Self::start_machine(plan, config, &timings, template);
+            let machine = async {
+                match origin {
+                    Origin::Ahead(vm) => vm.take(plan, config, &timings).await,
+                    Origin::Clone(template) => {
+                        Self::start_machine(plan, config, &timings, Some(template)).await
+                    }
+                    Origin::Boot => Self::start_machine(plan, config, &timings, None).await,
+                }
+            };
             let (machine, network) = tokio::join!(machine, network);
-            let (vm, boot_began) = machine?;
+            let vm = machine?;
             let network = network.map_err(SandboxError::Network)?;
             timings
                 .step(
@@ -114,7 +141,6 @@ impl MicroVm {
                     "set up the sandbox in the guest",
                 ))?;
             steps::done(Step::AgentReady);
-            vm.note_spans(boot_began).await;
             Ok(vm)
         }
         .await;
@@ -124,13 +150,60 @@ impl MicroVm {
         result
     }
 
-    /// A machine whose agent answers, and when its pod process was begun with.
+    /// Starts a clone for a pod that is not known yet: of its plan there are the ID, the machine's size, the port and the
+    /// user. What a failure leaves is the caller's to take back.
+    ///
+    /// # Errors
+    /// [`SandboxError::Start`].
+    pub async fn start_ahead(
+        plan: &SandboxPlan,
+        config: &MicroVmConfig,
+        template: &Template,
+    ) -> Result<Self, SandboxError> {
+        Self::start_machine(plan, config, &Timings::begin(), Some(template)).await
+    }
+
+    /// Makes a machine that was started ahead this pod's.
+    async fn take(
+        self,
+        plan: &SandboxPlan,
+        config: &MicroVmConfig,
+        timings: &Timings,
+    ) -> Result<Self, SandboxError> {
+        let moved = async {
+            if let Some(reason) = self.pod.ended().borrow().as_ref() {
+                return Err(io::Error::other(control::sentence(reason)));
+            }
+            let pid = self.pod.pid();
+            let pid = pid.ok_or_else(|| io::Error::other("its process is gone"))?;
+            let (dir, config) = (self.pod.dir.clone(), config.pod.clone());
+            let (parent, needs) = (
+                plan.cgroup_parent.clone(),
+                needs(plan.memory_mib, plan.vcpus),
+            );
+            tokio::task::spawn_blocking(move || cgroup::replace(&dir, &config, &parent, pid, needs))
+                .await?
+        };
+        timings
+            .step("take ready machine", moved)
+            .await
+            .map_err(SandboxError::at(
+                &plan.id,
+                "take the machine that was ready",
+            ))?;
+        Ok(Self {
+            timings: timings.clone(),
+            ..self
+        })
+    }
+
+    /// A machine whose agent answers.
     async fn start_machine(
         plan: &SandboxPlan,
         config: &MicroVmConfig,
         timings: &Timings,
         template: Option<&Template>,
-    ) -> Result<(Self, Duration), SandboxError> {
+    ) -> Result<Self, SandboxError> {
         let error = |step| SandboxError::at(&plan.id, step);
         let dir = PodDir::new(&plan.id, &config.pod)?;
         let share = Share::new(&plan.id, &dir);
@@ -173,7 +246,8 @@ impl MicroVm {
                 },
                 _ => error("boot the guest")(cause),
             })?;
-        Ok((vm, boot_began))
+        vm.note_spans(boot_began).await;
+        Ok(vm)
     }
 
     /// Adds the pod process's own steps to the pod's.
@@ -346,10 +420,7 @@ pub async fn boot(
         }),
         template: machine.template,
     };
-    let needs = cgroup::Needs {
-        bytes: (u64::from(vm.memory_mib) + PROCESS_MIB) << 20,
-        vcpus: vm.vcpus,
-    };
+    let needs = needs(vm.memory_mib, vm.vcpus);
     let (config, dir) = (config.pod.clone(), dir.clone());
     let reply = tokio::task::spawn_blocking(move || {
         let socket = process::start(&config.vmm, &dir, netns.as_deref(), |pid| {
@@ -373,6 +444,14 @@ pub async fn boot(
         Reply::Status(_) | Reply::LayerPlace { .. } => {
             Err(io::Error::other(control::ControlError::Confused))
         }
+    }
+}
+
+/// What the host gives for a machine.
+fn needs(memory_mib: u32, vcpus: u8) -> cgroup::Needs {
+    cgroup::Needs {
+        bytes: (u64::from(memory_mib) + PROCESS_MIB) << 20,
+        vcpus,
     }
 }
 

@@ -96,6 +96,27 @@ pub fn place(
     join(&path, pid).map_err(|e| about(&path, &e))
 }
 
+/// Moves the pod process of a machine that was started before its pod was known, to where [`place`] would have put it.
+pub fn replace(
+    dir: &PodDir,
+    config: &PodConfig,
+    parent: &str,
+    pid: u32,
+    needs: Needs,
+) -> io::Result<()> {
+    let Ok(before) = fs::read_to_string(dir.cgroup()) else {
+        return Ok(());
+    };
+    // Noted until it is gone, as is the new one.
+    fs::write(dir.cgroup_before(), &before)?;
+    place(dir, config, parent, pid, needs)?;
+    if fs::read_to_string(dir.cgroup())? != before {
+        let before = Path::new(&before);
+        remove_tree(before).map_err(|e| about(before, &e))?;
+    }
+    fs::remove_file(dir.cgroup_before())
+}
+
 /// Writes a group's limits.
 fn set_limits(group: &Path, limits: &[(&str, String)]) -> io::Result<()> {
     limits.iter().try_for_each(|(file, limit)| {
@@ -209,13 +230,19 @@ pub fn ran_out_of_memory(dir: &PodDir) -> bool {
 
 /// Kills what is left in the pod's cgroup and removes it, if it has one. Idempotent.
 pub async fn remove(dir: &PodDir) -> io::Result<()> {
-    let Ok(path) = fs::read_to_string(dir.cgroup()) else {
-        return Ok(());
-    };
+    for noted in [dir.cgroup_before(), dir.cgroup()] {
+        if let Ok(path) = fs::read_to_string(noted) {
+            remove_group(dir, &path).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn remove_group(dir: &PodDir, path: &str) -> io::Result<()> {
     for _ in 0..250 {
         // Again each time: a process may have been on its way into a group.
         kill(dir)?;
-        match remove_tree(Path::new(&path)) {
+        match remove_tree(Path::new(path)) {
             Ok(()) => return Ok(()),
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
             // Its last process is still on its way out.

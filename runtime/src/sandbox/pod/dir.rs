@@ -125,6 +125,11 @@ impl PodDir {
         self.state.join("cgroup")
     }
 
+    /// The path of the cgroup that its process is being moved from.
+    pub fn cgroup_before(&self) -> PathBuf {
+        self.state.join("cgroup.before")
+    }
+
     /// The directory that the share shows; the daemon makes mount points here.
     pub fn share_source(&self) -> PathBuf {
         self.state.join("share.host")
