@@ -83,6 +83,8 @@ enum Start {
     Cold,
     /// It is a clone of a template.
     Clone,
+    /// It is a clone that was started before.
+    Ready,
 }
 
 impl Start {
@@ -90,7 +92,7 @@ impl Start {
     fn aim(self) -> Aim {
         match self {
             Self::Cold => Aim::AtMost(1.2),
-            Self::Clone => Aim::AtMost(0.7),
+            Self::Clone | Self::Ready => Aim::AtMost(0.7),
         }
     }
 
@@ -98,6 +100,7 @@ impl Start {
         match self {
             Self::Cold => "cold boot",
             Self::Clone => "from a clone",
+            Self::Ready => "from a clone that waits",
         }
     }
 }

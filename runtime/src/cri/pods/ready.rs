@@ -18,6 +18,8 @@ use crate::sandbox::microvm::{MicroVm, Shape};
 use crate::sandbox::{Sandbox, SandboxPlan};
 use crate::store::SandboxRecord;
 
+/// The pause after a machine was taken, before the next one is started.
+const AFTER: Duration = Duration::from_secs(2);
 /// The pause before a look whether the template is there now.
 const NO_TEMPLATE: Duration = Duration::from_secs(1);
 /// The pause after a machine that could not be started.
@@ -88,6 +90,8 @@ pub async fn keep_ready(context: &Context) {
         }
         if pool.count() >= pool.most {
             pool.taken.notified().await;
+            // Who has taken it wants the processors for its containers first.
+            tokio::time::sleep(AFTER).await;
             continue;
         }
         match start(context).await {
