@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use caisson_proto::cri;
+use caisson_tests::runtime::Result;
 use prost::Message;
 use tonic::Status;
 
@@ -39,7 +40,7 @@ fn answer<M: Message + 'static>(message: M, entries: impl FnOnce(&M) -> usize) -
 
 impl Call {
     /// Makes the call for the `turn`th time.
-    async fn make(self, peer: &Peer, turn: usize) -> Result<Answer, Status> {
+    async fn make(self, peer: &Peer, turn: usize) -> std::result::Result<Answer, Status> {
         let mut client = peer.client.clone();
         Ok(match self {
             Self::ListContainers => {
@@ -132,7 +133,10 @@ fn ms(time: Duration) -> String {
 /// Makes each call on each runtime in turn and prints a table; the last columns have the ratio of the 99th
 /// percentiles, and whether the first runtime needed no more than the second. The processor time is that of the runtime's
 /// own process for one call, whatever else it did meanwhile included.
-pub async fn compare(peers: &[Peer], calls: usize, stats_calls: usize) {
+///
+/// # Errors
+/// A runtime has ended. A call that fails is told in the table.
+pub async fn compare(peers: &[Peer], calls: usize, stats_calls: usize) -> Result<()> {
     let names = peers
         .iter()
         .map(|peer| format!("{0} p50 | {0} p99 | processor | answer", peer.name));
@@ -150,7 +154,10 @@ pub async fn compare(peers: &[Peer], calls: usize, stats_calls: usize) {
         let mut before = Vec::new();
         for turn in 0..warm + calls {
             if turn == warm {
-                before = peers.iter().map(Peer::processor_time).collect();
+                before = peers
+                    .iter()
+                    .map(Peer::processor_time)
+                    .collect::<Result<_>>()?;
             }
             for (peer, times) in peers.iter().zip(&mut times) {
                 if times.failed.is_some() {
@@ -171,7 +178,7 @@ pub async fn compare(peers: &[Peer], calls: usize, stats_calls: usize) {
             }
         }
         for ((peer, times), before) in peers.iter().zip(&mut times).zip(before) {
-            times.processor = (peer.processor_time() - before) / calls as u32;
+            times.processor = (peer.processor_time()? - before) / calls as u32;
         }
         let verdict = match times.as_slice() {
             [ours, theirs] if ours.failed.is_none() && theirs.failed.is_none() => {
@@ -190,4 +197,5 @@ pub async fn compare(peers: &[Peer], calls: usize, stats_calls: usize) {
             }
         }
     }
+    Ok(())
 }

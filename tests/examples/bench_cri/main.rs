@@ -8,6 +8,7 @@ mod watchers;
 
 use std::path::PathBuf;
 
+use caisson_tests::runtime::Result;
 use clap::Parser;
 use peer::{Peer, Plan};
 
@@ -50,7 +51,7 @@ struct Options {
 }
 
 #[tokio::main]
-async fn main() {
+async fn main() -> Result<()> {
     let options = Options::parse();
     let plan = |microvms| Plan {
         image: options.image.clone(),
@@ -58,21 +59,22 @@ async fn main() {
         containers: options.containers,
         microvms,
     };
-    let caisson = Peer::new("Caisson", &options.caisson, plan(Some(options.microvms)));
+    let caisson = Peer::new("Caisson", &options.caisson, plan(Some(options.microvms)))?;
     let other = options
         .other
         .as_deref()
-        .map(|socket| Peer::new("containerd", socket, plan(None)));
+        .map(|socket| Peer::new("containerd", socket, plan(None)))
+        .transpose()?;
     let mut peers: Vec<Peer> = [Some(caisson), other].into_iter().flatten().collect();
     for peer in &mut peers {
-        peer.fill().await;
+        peer.fill().await?;
     }
 
     println!(
         "\n### {} containers in {} pods on each runtime ({} of Caisson's pods in microVMs), {} calls each, {} of statistics, in turn\n",
         options.containers, options.pods, options.microvms, options.calls, options.stats_calls
     );
-    calls::compare(&peers, options.calls, options.stats_calls).await;
+    calls::compare(&peers, options.calls, options.stats_calls).await?;
     println!(
         "\n### {} ExecSync calls at the same time, each in another container\n",
         options.execs
@@ -81,10 +83,11 @@ async fn main() {
         load::execs(peer, options.execs).await;
     }
     println!("\n### {} watchers of events\n", options.watchers);
-    watchers::watch(&peers[0], &options.caisson, options.watchers).await;
+    let watched = watchers::watch(&peers[0], &options.caisson, options.watchers).await;
     if !options.leave {
         for peer in &peers {
             peer.empty().await;
         }
     }
+    watched
 }

@@ -6,9 +6,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use caisson_proto::cri;
+use caisson_tests::runtime::Result;
 use cri::runtime_service_client::RuntimeServiceClient;
-use futures::StreamExt;
+use futures::{StreamExt, TryStreamExt};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use tonic::Status;
 use tonic::transport::Channel;
 
 /// How many calls make pods and containers at the same time.
@@ -48,40 +50,54 @@ pub struct Peer {
 
 impl Peer {
     /// The runtime at a socket.
-    pub fn new(name: &'static str, socket: &Path, plan: Plan) -> Self {
+    ///
+    /// # Errors
+    /// Nobody is there.
+    pub fn new(name: &'static str, socket: &Path, plan: Plan) -> Result<Self> {
         let channel = caisson_tests::dial(socket, None);
         let server = UnixStream::connect(socket)
             .and_then(|stream| getsockopt(&stream, PeerCredentials).map_err(std::io::Error::from));
-        let server =
-            server.unwrap_or_else(|error| panic!("{name} at {}: {error}", socket.display()));
-        Self {
+        let server = server.map_err(|error| format!("{name} at {}: {error}", socket.display()))?;
+        Ok(Self {
             name,
             client: RuntimeServiceClient::new(channel).max_decoding_message_size(64 << 20),
             pods: Vec::new(),
             containers: Vec::new(),
             plan,
             pid: server.pid(),
-        }
+        })
     }
 
     /// The processor time that the runtime's process has taken since its start.
-    pub fn processor_time(&self) -> Duration {
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn processor_time(&self) -> Result<Duration> {
         let path = format!("/proc/{}/stat", self.pid);
-        let stat = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
+        let stat = std::fs::read_to_string(&path).map_err(|e| format!("{path}: {e}"))?;
         // The program's name is in brackets and may have spaces; utime and stime are fields 14 and 15 (proc(5)).
         let fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
         let ticks = fields.split_whitespace().skip(11).take(2);
         let ticks: u64 = ticks.filter_map(|field| field.parse::<u64>().ok()).sum();
-        Duration::from_millis(ticks * 1000 / TICKS)
+        Ok(Duration::from_millis(ticks * 1000 / TICKS))
+    }
+
+    /// What failed, on which runtime.
+    fn failed(&self, call: &'static str) -> impl Fn(Status) -> String {
+        let name = self.name;
+        move |status| format!("{name}: {call}: {status}")
     }
 
     /// Makes all pods and containers, and starts them.
-    pub async fn fill(&mut self) {
+    ///
+    /// # Errors
+    /// The call that failed, as of every function here.
+    pub async fn fill(&mut self) -> Result<()> {
         let began = Instant::now();
         let pods = futures::stream::iter(0..self.plan.pods)
             .map(|number| self.pod(number))
             .buffer_unordered(WORKERS);
-        let pods: Vec<_> = pods.collect().await;
+        let pods: Vec<_> = pods.try_collect().await?;
         self.pods = pods;
         let made = began.elapsed();
         let (this, done) = (&*self, &AtomicUsize::new(0));
@@ -89,16 +105,16 @@ impl Peer {
         let containers = futures::stream::iter(0..self.plan.containers)
             .map(|number| async move {
                 let (pod, config) = &this.pods[number % this.pods.len()];
-                let id = this.create(pod, config, &format!("c{number}")).await;
-                this.start(&id).await;
+                let id = this.create(pod, config, &format!("c{number}")).await?;
+                this.start(&id).await?;
                 let done = done.fetch_add(1, Ordering::Relaxed) + 1;
                 if done.is_multiple_of(100) {
                     eprintln!("{}: {done} containers run", this.name);
                 }
-                id
+                Ok::<_, Box<dyn std::error::Error + Send + Sync>>(id)
             })
             .buffer_unordered(WORKERS);
-        let containers: Vec<_> = containers.collect().await;
+        let containers: Vec<_> = containers.try_collect().await?;
         self.containers = containers;
         println!(
             "{}: {} pods in {:.0} s, {} containers made and started in {:.0} s more",
@@ -108,9 +124,10 @@ impl Peer {
             self.containers.len(),
             (began.elapsed() - made).as_secs_f64()
         );
+        Ok(())
     }
 
-    async fn pod(&self, number: usize) -> (String, cri::PodSandboxConfig) {
+    async fn pod(&self, number: usize) -> Result<(String, cri::PodSandboxConfig)> {
         let config = cri::PodSandboxConfig {
             metadata: Some(cri::PodSandboxMetadata {
                 name: format!("pod{number}"),
@@ -140,12 +157,17 @@ impl Peer {
             runtime_handler: handler.to_owned(),
         };
         let made = self.client.clone().run_pod_sandbox(request).await;
-        let made = made.unwrap_or_else(|status| panic!("{}: RunPodSandbox: {status}", self.name));
-        (made.into_inner().pod_sandbox_id, config)
+        let made = made.map_err(self.failed("RunPodSandbox"))?;
+        Ok((made.into_inner().pod_sandbox_id, config))
     }
 
     /// Makes a container that sleeps; its ID.
-    pub async fn create(&self, pod: &str, sandbox: &cri::PodSandboxConfig, name: &str) -> String {
+    pub async fn create(
+        &self,
+        pod: &str,
+        sandbox: &cri::PodSandboxConfig,
+        name: &str,
+    ) -> Result<String> {
         let config = cri::ContainerConfig {
             metadata: Some(cri::ContainerMetadata {
                 name: name.to_owned(),
@@ -174,20 +196,21 @@ impl Peer {
             sandbox_config: Some(sandbox.clone()),
         };
         let made = self.client.clone().create_container(request).await;
-        let made = made.unwrap_or_else(|status| panic!("{}: CreateContainer: {status}", self.name));
-        made.into_inner().container_id
+        let made = made.map_err(self.failed("CreateContainer"))?;
+        Ok(made.into_inner().container_id)
     }
 
     /// Starts a container.
-    pub async fn start(&self, id: &str) {
+    pub async fn start(&self, id: &str) -> Result<()> {
         let container_id = id.to_owned();
         let request = cri::StartContainerRequest { container_id };
         let started = self.client.clone().start_container(request).await;
-        started.unwrap_or_else(|status| panic!("{}: StartContainer: {status}", self.name));
+        started.map_err(self.failed("StartContainer"))?;
+        Ok(())
     }
 
     /// Stops a container at once, and removes it.
-    pub async fn remove(&self, id: &str) {
+    pub async fn remove(&self, id: &str) -> Result<()> {
         let container_id = id.to_owned();
         let mut client = self.client.clone();
         let request = cri::StopContainerRequest {
@@ -195,10 +218,11 @@ impl Peer {
             timeout: 0,
         };
         let stopped = client.stop_container(request).await;
-        stopped.unwrap_or_else(|status| panic!("{}: StopContainer: {status}", self.name));
+        stopped.map_err(self.failed("StopContainer"))?;
         let request = cri::RemoveContainerRequest { container_id };
         let removed = client.remove_container(request).await;
-        removed.unwrap_or_else(|status| panic!("{}: RemoveContainer: {status}", self.name));
+        removed.map_err(self.failed("RemoveContainer"))?;
+        Ok(())
     }
 
     /// Removes all pods with their containers.

@@ -4,9 +4,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use caisson_proto::cri;
+use caisson_tests::runtime::Result;
 use cri::ContainerEventType as Kind;
 use cri::runtime_service_client::RuntimeServiceClient;
-use futures::StreamExt;
+use futures::{StreamExt, TryStreamExt};
 use tokio::task::JoinSet;
 
 use crate::peer::Peer;
@@ -17,7 +18,10 @@ const CONTAINERS: usize = 20;
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Counts what each watcher sees of containers that come and go: four events of each.
-pub async fn watch(peer: &Peer, socket: &Path, count: usize) {
+///
+/// # Errors
+/// The call that failed.
+pub async fn watch(peer: &Peer, socket: &Path, count: usize) -> Result<()> {
     let (pod, config) = &peer.pods[peer.pods.len() - 1];
     // The end, which every watcher sees last.
     let (over, _) = tokio::sync::watch::channel(String::new());
@@ -26,7 +30,7 @@ pub async fn watch(peer: &Peer, socket: &Path, count: usize) {
         // Each with a connection of its own, as clients have.
         let mut client = RuntimeServiceClient::new(caisson_tests::dial(socket, None));
         let events = client.get_container_events(cri::GetEventsRequest {}).await;
-        let mut events = events.expect("GetContainerEvents").into_inner();
+        let mut events = events?.into_inner();
         let last = over.subscribe();
         tasks.spawn(async move {
             let mut seen = Vec::new();
@@ -43,16 +47,16 @@ pub async fn watch(peer: &Peer, socket: &Path, count: usize) {
     }
     let began = Instant::now();
     let containers = futures::stream::iter(0..CONTAINERS).map(|number| async move {
-        let id = peer.create(pod, config, &format!("seen{number}")).await;
-        peer.start(&id).await;
-        peer.remove(&id).await;
-        id
+        let id = peer.create(pod, config, &format!("seen{number}")).await?;
+        peer.start(&id).await?;
+        peer.remove(&id).await?;
+        Ok::<_, Box<dyn std::error::Error + Send + Sync>>(id)
     });
-    let mut ids: Vec<_> = containers.buffer_unordered(4).collect().await;
-    let last = peer.create(pod, config, "last").await;
+    let mut ids: Vec<_> = containers.buffer_unordered(4).try_collect().await?;
+    let last = peer.create(pod, config, "last").await?;
     over.send_replace(last.clone());
-    peer.start(&last).await;
-    peer.remove(&last).await;
+    peer.start(&last).await?;
+    peer.remove(&last).await?;
     ids.push(last);
 
     let kinds = [
@@ -77,4 +81,5 @@ pub async fn watch(peer: &Peer, socket: &Path, count: usize) {
         ids.len() * kinds.len(),
         began.elapsed().as_secs_f64()
     );
+    Ok(())
 }
