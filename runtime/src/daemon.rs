@@ -192,8 +192,10 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
         () = limit => Ok(()),
     };
     let _ = std::fs::remove_file(&socket);
-    keeping.abort();
-    pods::end_ready(&context).await;
+    context.ready.close();
+    if tokio::time::timeout(STOP_LIMIT, keeping).await.is_err() {
+        tracing::warn!("machines that wait for pods are left; the next daemon removes them");
+    }
     if context.telemetry.is_some() {
         let _ = tokio::task::spawn_blocking(move || {
             context.telemetry.as_ref().map(Telemetry::shut_down)

@@ -18,7 +18,7 @@ mod watch;
 
 use caisson_proto::cri;
 
-pub use ready::{ReadyPool, end_ready, keep_ready};
+pub use ready::{ReadyPool, keep_ready};
 pub use recover::recover;
 pub use remove::remove;
 pub use resize::resize;

@@ -8,7 +8,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use super::super::registry::{lock, now};
 use super::super::{Context, CriError, new_id};
@@ -18,7 +18,8 @@ use crate::sandbox::microvm::{MicroVm, Shape};
 use crate::sandbox::{Sandbox, SandboxPlan};
 use crate::store::SandboxRecord;
 
-/// The pause after a machine was taken, before the next one is started.
+/// The pause after a machine was taken, before the next one is started: who has taken it wants the processors for its
+/// containers first.
 const AFTER: Duration = Duration::from_secs(2);
 /// The pause before a look whether the template is there now.
 const NO_TEMPLATE: Duration = Duration::from_secs(1);
@@ -41,6 +42,7 @@ pub struct ReadyPool {
     most: usize,
     machines: Mutex<Vec<Ready>>,
     taken: Notify,
+    closed: watch::Sender<bool>,
 }
 
 impl ReadyPool {
@@ -50,7 +52,13 @@ impl ReadyPool {
             most: most as usize,
             machines: Mutex::default(),
             taken: Notify::new(),
+            closed: watch::Sender::default(),
         }
+    }
+
+    /// Tells [`keep_ready`] to come to its end.
+    pub fn close(&self) {
+        self.closed.send_replace(true);
     }
 
     /// The machine that has waited longest, if it has this shape.
@@ -80,49 +88,48 @@ impl ReadyPool {
     }
 }
 
-/// Keeps machines ready for as long as it is polled, as many as the configuration says.
+/// Keeps machines ready, as many as the configuration says, until the pool is closed; then ends those that wait: nobody will
+/// ask for them.
 pub async fn keep_ready(context: &Context) {
-    let mut said = String::new();
     let pool = &context.ready;
+    let mut closed = pool.closed.subscribe();
+    let mut said = String::new();
     loop {
         for ready in pool.ended() {
             give_back(context, &ready.record).await;
         }
-        if pool.count() >= pool.most {
-            pool.taken.notified().await;
-            // Who has taken it wants the processors for its containers first.
-            tokio::time::sleep(AFTER).await;
-            continue;
-        }
-        match start(context).await {
-            Ok(Some(ready)) => {
-                tracing::info!(pod = ready.record.id, "a machine waits for its pod");
-                pool.put(ready);
-                said.clear();
+        let pause = if pool.count() >= pool.most {
+            tokio::select! {
+                () = pool.taken.notified() => AFTER,
+                _ = closed.wait_for(|closed| *closed) => Duration::ZERO,
             }
-            Ok(None) => tokio::time::sleep(NO_TEMPLATE).await,
-            Err(error) => {
-                let error = error.to_string();
-                // Once: a node without a network yet stays so for a while.
-                if error != said {
-                    tracing::warn!(error, "no machine can be kept ready; it is tried again");
-                    said = error;
+        } else {
+            match start(context).await {
+                Ok(Some(ready)) => {
+                    tracing::info!(pod = ready.record.id, "a machine waits for its pod");
+                    pool.put(ready);
+                    said.clear();
+                    Duration::ZERO
                 }
-                tokio::time::sleep(FAILED).await;
+                Ok(None) => NO_TEMPLATE,
+                Err(error) => {
+                    let error = error.to_string();
+                    // Once: a node without a network yet stays so for a while.
+                    if error != said {
+                        tracing::warn!(error, "no machine can be kept ready; it is tried again");
+                        said = error;
+                    }
+                    FAILED
+                }
             }
+        };
+        let _ = tokio::time::timeout(pause, closed.wait_for(|closed| *closed)).await;
+        if *closed.borrow() {
+            break;
         }
     }
-}
-
-/// Ends the machines that wait: nobody will ask for them.
-pub async fn end_ready(context: &Context) {
-    let machines = std::mem::take(&mut *lock(&context.ready.machines));
-    futures::future::join_all(
-        machines
-            .iter()
-            .map(|ready| give_back(context, &ready.record)),
-    )
-    .await;
+    let left = std::mem::take(&mut *lock(&pool.machines));
+    futures::future::join_all(left.iter().map(|ready| give_back(context, &ready.record))).await;
 }
 
 /// Starts a machine of the usual shape; `None`: there is no template of it yet.
