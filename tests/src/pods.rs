@@ -30,6 +30,9 @@ pub struct Container {
     pub log: PathBuf,
 }
 
+/// The seconds that a script may take: in the lab of a busy machine little is done in one.
+const PATIENCE: i64 = 300;
+
 /// How a pod differs from the usual one.
 #[derive(Clone, Debug, Default)]
 pub struct PodOptions {
@@ -318,7 +321,7 @@ impl Node {
     /// What a script writes that must succeed.
     pub async fn says(&self, container: &Container, script: &str) -> String {
         let (code, out, err) = self
-            .exec(container, script, 60)
+            .exec(container, script, PATIENCE)
             .await
             .unwrap_or_else(|status| panic!("ExecSync {script:?}: {status}"));
         assert_eq!(code, 0, "{script:?} said {out:?} and {err:?}");

@@ -618,7 +618,7 @@ async fn the_nodes_kernel_carries_frames_where_it_can() {
         .collect();
     assert_eq!(workers.len(), 1, "{workers:?} for {own:?}");
     assert_eq!(cgroup(&workers[0]), cgroup(&pid));
-    there_and_back(&node, &container, 100 << 20).await;
+    there_and_back(&node, &container, 32 << 20).await;
 
     // Without it the pod's process does the same.
     let away = Away::new();
