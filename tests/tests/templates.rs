@@ -51,14 +51,33 @@ async fn wait_for_templates(node: &Node, count: usize) {
     }
 }
 
-/// Whether the pod is a clone, as its timeline says.
-fn is_clone(node: &Node, pod: &Pod) -> bool {
+/// The steps of the pod's start.
+fn timeline(node: &Node, pod: &Pod) -> String {
     let output = node.caisson(&["timeline", &pod.id]);
     assert!(output.status.success(), "{output:?}");
-    let steps = String::from_utf8_lossy(&output.stdout).into_owned();
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Whether the pod is a clone, as its timeline says.
+fn is_clone(node: &Node, pod: &Pod) -> bool {
+    let steps = timeline(node, pod);
     let (resumed, booted) = (steps.contains("resume guest"), steps.contains("boot guest"));
     assert!(resumed != booted, "{steps}");
     resumed
+}
+
+/// The pod's address.
+async fn ip(node: &Node, pod: &Pod) -> String {
+    let status = node.pod_status(pod).await.unwrap();
+    status.network.unwrap().ip
+}
+
+/// Has a pod with this address reach its gateway, which is the host: frames go both ways, so the pod's MAC is the one that CNI
+/// gave it.
+async fn ping_host(node: &Node, container: &Container, ip: &str) {
+    let gateway = format!("{}.1", ip.rsplit_once('.').unwrap().0);
+    let ping = format!("ping -c 1 -W 20 {gateway}");
+    node.says(container, &ping).await;
 }
 
 async fn sleeper(node: &Node, pod: &Pod) -> Container {
@@ -95,14 +114,10 @@ async fn clones_have_nothing_in_common_that_is_a_secret() {
             (host as i64 - now).abs() <= 5,
             "{now} in the pod, {host} here"
         );
-        let status = node.pod_status(&pod).await.unwrap();
-        let ip = status.network.unwrap().ip;
+        let ip = ip(&node, &pod).await;
         let shown = node.says(&container, "ip addr show eth0").await;
         assert!(shown.contains(&format!("{ip}/")), "{ip}: {shown}");
-        // The gateway is the host: frames go both ways, so the pod's MAC is the one that CNI gave it.
-        let gateway = format!("{}.1", ip.rsplit_once('.').unwrap().0);
-        node.says(&container, &format!("ping -c 1 -W 20 {gateway}"))
-            .await;
+        ping_host(&node, &container, &ip).await;
     }
     // What is the same in two of them is no secret: auxiliary values of the kernel's own, such as page and clock sizes.
     for (a, b) in [(0, 1), (0, 2), (1, 2)] {
@@ -231,12 +246,10 @@ async fn wait_for_ready(node: &Node, count: usize, pods: &[&Pod]) -> Vec<PathBuf
 
 /// Whether the pod got a machine that waited for it, as its timeline says.
 fn was_ready(node: &Node, pod: &Pod) -> bool {
-    let output = node.caisson(&["timeline", &pod.id]);
-    assert!(output.status.success(), "{output:?}");
-    String::from_utf8_lossy(&output.stdout).contains("take ready machine")
+    timeline(node, pod).contains("take ready machine")
 }
 
-async fn cgroup(node: &Node, pod: &Pod) -> String {
+fn cgroup(node: &Node, pod: &Pod) -> String {
     let process = pod_process(&node.pod_directory(pod)).unwrap();
     fs::read_to_string(format!("/proc/{process}/cgroup")).unwrap()
 }
@@ -269,14 +282,11 @@ async fn a_machine_that_waits_becomes_the_next_pod() {
     let pod = node.pod_with("one", options).await.unwrap();
     assert!(was_ready(&node, &pod), "{}", node.daemon_log());
     assert!(waiting.contains(&node.pod_directory(&pod)));
-    let place = cgroup(&node, &pod).await;
+    let place = cgroup(&node, &pod);
     assert!(place.contains(parent), "{place}");
     let container = sleeper(&node, &pod).await;
     assert_eq!(node.says(&container, "hostname").await.trim(), "one");
-    let ip = node.pod_status(&pod).await.unwrap().network.unwrap().ip;
-    let gateway = format!("{}.1", ip.rsplit_once('.').unwrap().0);
-    let ping = format!("ping -c 1 -W 20 {gateway}");
-    node.says(&container, &ping).await;
+    ping_host(&node, &container, &ip(&node, &pod).await).await;
 
     // A pod of another size, or without a network, is none of theirs.
     wait_for_ready(&node, 2, &[&pod]).await;
