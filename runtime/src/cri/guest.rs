@@ -5,15 +5,15 @@ use std::time::Duration;
 use tonic::{Response, Status};
 
 use super::CriError;
-use super::registry::describe;
-use crate::sandbox::Sandbox;
+use crate::sandbox::{Sandbox, sentence};
 
-/// Making a container: mounts of all layers, which a slow disk delays.
-pub const CREATE: Duration = Duration::from_secs(60);
+/// Making a container: mounts of all layers, which a slow disk delays. This and the next ones are for nodes that do too much at a
+/// time; a pod that hangs is found out by its silence, in seconds. A kubelet waits for two minutes.
+pub const CREATE: Duration = Duration::from_secs(100);
 /// Everything that the agent answers out of its own memory.
-pub const QUICK: Duration = Duration::from_secs(10);
+pub const QUICK: Duration = Duration::from_secs(30);
 /// Starting a process.
-pub const START: Duration = Duration::from_secs(30);
+pub const START: Duration = Duration::from_secs(100);
 
 /// Awaits an agent's answer.
 ///
@@ -42,7 +42,7 @@ pub async fn call<T>(
         answer = tokio::time::timeout(limit, request) => match answer {
             Ok(Ok(response)) => Ok(response.into_inner()),
             Ok(Err(status)) => match state.borrow().as_ref() {
-                Some(reason) => Err(over(describe(reason))),
+                Some(reason) => Err(over(sentence(reason))),
                 None => Err(CriError::from_agent(what, &status)),
             },
             Err(_) => Err(CriError::deadline(format!(
@@ -51,7 +51,7 @@ pub async fn call<T>(
             ))),
         },
         reason = ended.wait_for(Option::is_some) => Err(over(
-            reason.ok().and_then(|reason| reason.as_ref().map(describe)).unwrap_or_default(),
+            reason.ok().and_then(|reason| reason.as_ref().map(sentence)).unwrap_or_default(),
         )),
     }
 }

@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use super::CriError;
 use super::events::{Event, Events, Watcher};
 use super::users::Users;
-use crate::sandbox::Sandbox;
+use crate::sandbox::{Sandbox, sentence};
 use crate::store::{ContainerRecord, ContainerState, SandboxRecord, SandboxState, Store};
 
 /// A sample of CPU use, from which a rate is computed.
@@ -128,7 +128,7 @@ impl Pod {
         let why = match record.state {
             SandboxState::Ready => match self.sandbox() {
                 Some(sandbox) => {
-                    let ended = sandbox.ended().borrow().as_ref().map(describe);
+                    let ended = sandbox.ended().borrow().as_ref().map(sentence);
                     let silence = sandbox.health().borrow().silence().map(str::to_owned);
                     match ended.or(silence) {
                         None => return Ok(sandbox),
@@ -147,19 +147,6 @@ impl Pod {
             "pod {} is not ready: {why}; remove it and run it again",
             self.id
         )))
-    }
-}
-
-/// Why a machine ended, for people.
-pub fn describe(reason: &caisson_vmm_protocol::ExitReason) -> String {
-    use caisson_vmm_protocol::ExitReason as R;
-    match reason {
-        R::PoweredOff => "the guest powered off".into(),
-        R::Reset => "the guest reset itself".into(),
-        R::Panicked => "the guest kernel panicked".into(),
-        R::Killed => "its pod process was killed".into(),
-        R::GuestError(detail) => format!("the guest broke a device's rules: {detail}"),
-        R::InternalError(detail) => format!("its pod process failed: {detail}"),
     }
 }
 

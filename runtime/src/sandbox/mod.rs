@@ -23,6 +23,7 @@ use tonic::transport::Channel;
 
 use self::ids::UserIds;
 use self::pod::PodProcess;
+pub use self::pod::control::sentence;
 pub use self::pod::health::{self, Health};
 use crate::network::{NetworkError, Port};
 use crate::timings::Timings;

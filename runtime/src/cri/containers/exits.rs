@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use caisson_proto::{agent, cri};
 
-use super::super::registry::{Container, Pod, describe, now};
+use super::super::registry::{Container, Pod, now};
 use super::super::spec::signal;
 use super::super::{Context, guest};
 use super::KILLED_CODE;
-use crate::sandbox::Sandbox;
+use crate::sandbox::{Sandbox, sentence};
 use crate::steps::{self, Step};
 use crate::store::ContainerState;
 
@@ -86,7 +86,7 @@ async fn wait(container: &Container, sandbox: &dyn Sandbox) -> End {
             biased;
             answer = client.wait(request) => answer,
             reason = ended.wait_for(Option::is_some) => {
-                return lost(&reason.ok().and_then(|r| r.as_ref().map(describe)).unwrap_or_default());
+                return lost(&reason.ok().and_then(|r| r.as_ref().map(sentence)).unwrap_or_default());
             }
         };
         match answer {

@@ -7,10 +7,10 @@ use caisson_vmm_protocol::ExitReason;
 use tokio::sync::watch::Receiver;
 
 use super::super::containers;
-use super::super::registry::{Pod, describe};
+use super::super::registry::Pod;
 use super::super::{Context, CriError};
 use super::{reboot, remove, run, sandbox, stop, watch};
-use crate::sandbox::health;
+use crate::sandbox::{health, sentence};
 use crate::store::SandboxState;
 
 /// How long a daemon that starts waits for one pod. A pod that is silent, or a CNI plugin that hangs, must not keep it from
@@ -78,7 +78,7 @@ async fn recover_pod(context: &Arc<Context>, pod: &Arc<Pod>) {
         SandboxState::Ready => {
             let ended = pod
                 .sandbox()
-                .and_then(|sandbox| sandbox.ended().borrow().as_ref().map(describe));
+                .and_then(|sandbox| sandbox.ended().borrow().as_ref().map(sentence));
             // Also for a pod that has ended: the watch finds out at once and notes it.
             watch::watch(&context, &pod);
             if ended.is_none() {

@@ -7,9 +7,9 @@ use caisson_vmm_protocol::ExitReason;
 
 use super::super::Context;
 use super::super::containers::exits;
-use super::super::registry::{Pod, describe};
+use super::super::registry::Pod;
 use super::health;
-use crate::sandbox::Sandbox;
+use crate::sandbox::{Sandbox, sentence};
 use crate::store::SandboxState;
 
 /// Watches a pod's sandbox: while it does not answer the pod is not ready, and once it has ended neither is it and
@@ -51,7 +51,7 @@ fn last_words(sandbox: &dyn Sandbox) -> String {
     let Some(reason) = ended.borrow().clone() else {
         return String::new();
     };
-    let why = describe(&reason);
+    let why = sentence(&reason);
     let said = match reason {
         ExitReason::Panicked | ExitReason::Reset => sandbox.last_words(),
         _ => String::new(),

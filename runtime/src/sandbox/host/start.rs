@@ -24,8 +24,8 @@ use crate::sandbox::{Sandbox, SandboxError, SandboxPlan, Scratch, agent, take_ba
 use crate::steps::{self, Step};
 use crate::timings::Timings;
 
-/// How long the agent may take until it listens.
-const AGENT_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the agent and the pod process may take until they are at work, on a node that does too much at a time.
+const AGENT_TIMEOUT: Duration = Duration::from_secs(120);
 
 impl Host {
     /// Makes the pod's directories and cgroup, starts its agent and its pod process, and lets the agent set up the
@@ -205,7 +205,12 @@ fn join(
     let socket = process::start(&config.pod.vmm, dir, netns, |pid| {
         cgroup::join(&groups.process, pid)
     })?;
-    match control::exchange(socket, &Request::Join(Box::new(request)), &fds.0) {
+    match control::exchange(
+        socket,
+        &Request::Join(Box::new(request)),
+        &fds.0,
+        AGENT_TIMEOUT,
+    ) {
         Ok(Reply::Done) => {
             steps::done(Step::ProcessAtWork);
             Ok(())

@@ -421,12 +421,13 @@ pub async fn boot(
         template: machine.template,
     };
     let needs = needs(vm.memory_mib, vm.vcpus);
+    let limit = config.start_timeout;
     let (config, dir) = (config.pod.clone(), dir.clone());
     let reply = tokio::task::spawn_blocking(move || {
         let socket = process::start(&config.vmm, &dir, netns.as_deref(), |pid| {
             cgroup::place(&dir, &config, &parent, pid, needs)
         })?;
-        let reply = control::exchange(socket, &Request::Boot(Box::new(vm)), &fds.0);
+        let reply = control::exchange(socket, &Request::Boot(Box::new(vm)), &fds.0, limit);
         // The descriptors are lent until the pod process has its own.
         drop((
             kvm, kernel, initramfs, console, exit_file, share_root, scratch,

@@ -16,7 +16,7 @@ use super::dir::PodDir;
 use super::line::Line;
 use super::{cgroup, process};
 
-/// How long the pod process may take to do what it is asked.
+/// How long a pod process that is at work may take to do what it is asked.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long it may take to answer what costs it nothing.
 const PROMPT: Duration = Duration::from_secs(3);
@@ -40,6 +40,9 @@ pub enum ControlError {
     /// It cannot be reached.
     #[error("its control socket does not answer: {0}")]
     Unreachable(#[from] ChannelError),
+    /// It did not answer in time; the seconds.
+    #[error("it did not answer within {0} s")]
+    Late(u64),
     /// It answered something else than was asked.
     #[error("it gave an answer that does not fit the question")]
     Confused,
@@ -184,7 +187,7 @@ impl Control {
         let socket = self.socket.clone();
         let work = move || {
             let stream = UnixStream::connect(socket)?;
-            let reply = exchange(stream, &request, &fds);
+            let reply = exchange(stream, &request, &fds, REPLY_TIMEOUT);
             drop(held);
             reply
         };
@@ -215,17 +218,28 @@ impl Ping {
     }
 }
 
-/// Sends one request and takes its answer.
+/// Sends one request and takes its answer, for which `limit` is left.
+///
+/// # Errors
+/// [`ControlError::Late`]; the connection's.
 pub fn exchange(
     stream: UnixStream,
     request: &Request,
     fds: &[RawFd],
+    limit: Duration,
 ) -> Result<Reply, ControlError> {
-    stream.set_read_timeout(Some(REPLY_TIMEOUT))?;
-    stream.set_write_timeout(Some(REPLY_TIMEOUT))?;
+    stream.set_read_timeout(Some(limit))?;
+    stream.set_write_timeout(Some(limit))?;
     let mut channel = Channel::new(stream);
-    channel.send(request, fds)?;
-    Ok(channel.recv::<Reply>()?.message)
+    let answer = channel.send(request, fds).and_then(|()| channel.recv());
+    match answer {
+        Ok(frame) => Ok(frame.message),
+        // What Linux says when a socket's time-out is over.
+        Err(ChannelError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
+            Err(ControlError::Late(limit.as_secs()))
+        }
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Notes an end. What is heard after it is its consequence.
@@ -355,14 +369,14 @@ fn read_exit(dir: &PodDir) -> ExitReason {
     })
 }
 
-/// The sentence of an end.
+/// Why a pod ended, for people.
 pub fn sentence(reason: &ExitReason) -> String {
     match reason {
         ExitReason::PoweredOff => "the guest powered off".into(),
-        ExitReason::Reset => "the guest asked for a reset".into(),
+        ExitReason::Reset => "the guest reset itself".into(),
         ExitReason::Panicked => "the guest kernel panicked".into(),
-        ExitReason::Killed => "it was killed".into(),
-        ExitReason::GuestError(what) => what.clone(),
-        ExitReason::InternalError(what) => what.clone(),
+        ExitReason::Killed => "its pod process was killed".into(),
+        ExitReason::GuestError(what) => format!("the guest broke a device's rules: {what}"),
+        ExitReason::InternalError(what) => format!("its pod process failed: {what}"),
     }
 }
