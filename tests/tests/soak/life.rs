@@ -131,6 +131,9 @@ impl<'a> Life<'a> {
                 Err(status) => status,
             };
             // Of a call that was cut it is not known what it did; the next may find the name taken.
+            if status.message().contains("reset itself") {
+                return Err(Stop::As(Ending::Reset));
+            }
             if !is_cut(&status)
                 && status.code() != Code::AlreadyExists
                 && self.chaos.kills() == before
