@@ -1,11 +1,11 @@
 //! The steps of the calls that change something on the node: the moments at which a daemon that dies leaves something
 //! else behind. Whatever the step, the next daemon brings the node to order, and the call can be made again.
 //!
-//! In a build with the feature `failpoints` the daemon kills itself at the step that the environment variable [`DIE_AT`]
-//! names; the end-to-end tests walk over all of them. Any other build has nothing of it.
+//! In a build with debug assertions, as the end-to-end tests have it, the daemon kills itself at the step that the environment
+//! variable [`DIE_AT`] names; they walk over all of them. A release has nothing of it.
 
-/// Names the step at which the daemon dies, in a build with the feature `failpoints`.
-#[cfg(feature = "failpoints")]
+/// Names the step at which the daemon dies, in a build with debug assertions.
+#[cfg(debug_assertions)]
 pub const DIE_AT: &str = "CAISSON_DIE_AT";
 
 macro_rules! steps {
@@ -139,7 +139,7 @@ steps! {
 }
 
 /// Says that a step is done.
-#[cfg(feature = "failpoints")]
+#[cfg(debug_assertions)]
 pub fn done(step: Step) {
     let named = std::env::var(DIE_AT).is_ok_and(|name| name == format!("{step:?}"));
     if named {
@@ -152,6 +152,6 @@ pub fn done(step: Step) {
 }
 
 /// Says that a step is done.
-#[cfg(not(feature = "failpoints"))]
+#[cfg(not(debug_assertions))]
 #[inline(always)]
 pub fn done(_: Step) {}

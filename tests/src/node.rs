@@ -40,8 +40,6 @@ pub struct NodeOptions {
     pub no_image: bool,
     /// Allow pods on the host.
     pub allow_host: bool,
-    /// Another daemon.
-    pub daemon: Option<PathBuf>,
     /// More lines for the `[microvm]` part of the configuration.
     pub microvm: String,
     /// Layers have fs-verity: for a root on a disk that has it.
@@ -199,7 +197,7 @@ impl Node {
         self.wait_until_serving().await;
     }
 
-    /// Starts a daemon in the place of one that is dead; one with failpoints dies at the step named.
+    /// Starts a daemon in the place of one that is dead; one with debug assertions dies at the step named.
     pub fn start_again(&mut self, die_at: Option<&str>) {
         self.daemon = spawn(self.dir.path(), &self.options, die_at);
         (self.runtime, self.images, self.cli, self.channel) =
@@ -450,8 +448,7 @@ fn spawn(dir: &Path, options: &NodeOptions, die_at: Option<&str>) -> Child {
         .append(true)
         .open(dir.join("daemon.log"))
         .expect("a log file");
-    let caisson = options.daemon.clone();
-    let caisson = caisson.unwrap_or_else(|| build().join("caisson"));
+    let caisson = build().join("caisson");
     let mut command = if options.hide_kvm {
         // A mount namespace of its own with a /dev that has everything a daemon needs, but no KVM.
         let mut command = Command::new("unshare");

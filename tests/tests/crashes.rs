@@ -44,7 +44,6 @@ struct Walk {
 impl Walk {
     async fn begin(handler: &'static str) -> Option<Self> {
         let options = NodeOptions {
-            daemon: Some(env!("CARGO_BIN_EXE_caisson-failpoints").into()),
             allow_host: true,
             ..NodeOptions::default()
         };
@@ -61,7 +60,10 @@ impl Walk {
 
     /// The call that was made has not lived to its answer.
     async fn is_cut<T>(&mut self, answer: Result<T, tonic::Status>, step: Step) {
-        assert!(answer.is_err(), "the daemon lived through {step:?}");
+        assert!(
+            answer.is_err(),
+            "the daemon lived through {step:?}; is it a build with debug assertions (scripts/build --quick)?"
+        );
         self.node.wait_for_death().await;
     }
 
@@ -204,7 +206,10 @@ impl Walk {
                     let answer = self.node.runtime.remove_pod_sandbox(request).await;
                     answer.map(drop)
                 };
-                assert!(answer.is_err(), "the daemon lived through {step:?}");
+                assert!(
+                    answer.is_err(),
+                    "the daemon lived through {step:?}; is it a build with debug assertions (scripts/build --quick)?"
+                );
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
             self.node.wait_for_death().await;
