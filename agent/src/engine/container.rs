@@ -346,6 +346,14 @@ impl Container {
         self.cgroup.apply(resources)
     }
 
+    /// Stops all of its processes where they are, or lets them go on. Returns when that is so.
+    ///
+    /// # Errors
+    /// If a process cannot be stopped: it hangs in the kernel.
+    pub fn freeze(&self, frozen: bool) -> Result<(), EngineError> {
+        self.cgroup.freeze(frozen)
+    }
+
     /// Reads its resource use.
     ///
     /// # Errors

@@ -107,6 +107,34 @@ pub fn set_up(plan: &Plan) -> Result<(), SandboxError> {
     Ok(())
 }
 
+/// Lets a sandbox that stood still go on; one whose machine was written down and `moved` gets the time, the entropy, the
+/// network and the names of where it now is, before any container runs. Blocks.
+///
+/// # Errors
+/// The first step that failed.
+pub fn go_on(plan: &Plan, moved: bool) -> Result<(), SandboxError> {
+    if moved {
+        clock::add_entropy(&plan.entropy)?;
+        if let Some(time) = plan.unix_time_ns {
+            clock::set(time)?;
+        }
+        in_pod(|| {
+            network::clear(&plan.interfaces)?;
+            network::configure(&plan.interfaces, &plan.routes)
+        })?;
+        dns::write(plan, dns::HOSTS)?;
+    }
+    storage::mount_shared(&plan.shared_mounts)
+}
+
+/// Unmounts what the host shares. Blocks.
+///
+/// # Errors
+/// It is in use.
+pub fn unmount_shared() -> Result<(), SandboxError> {
+    storage::unmount_shared()
+}
+
 /// Makes the rest of what the containers share, once its files are there.
 fn share(plan: &Plan) -> Result<(), SandboxError> {
     if let Some(ids) = &plan.user_ids {

@@ -81,28 +81,47 @@ impl Netlink {
     /// Renames an interface that is down.
     pub fn rename(&mut self, index: u32, name: &str) -> io::Result<()> {
         let name = [name.as_bytes(), b"\0"].concat();
-        self.request(link(index, 0).attribute(libc::IFLA_IFNAME, &name))
+        self.request(link(index, 0, 0).attribute(libc::IFLA_IFNAME, &name))
     }
 
     /// Moves an interface to another network namespace.
     pub fn move_to(&mut self, index: u32, namespace: BorrowedFd<'_>) -> io::Result<()> {
         let descriptor = namespace.as_raw_fd().to_ne_bytes();
-        self.request(link(index, 0).attribute(libc::IFLA_NET_NS_FD, &descriptor))
+        self.request(link(index, 0, 0).attribute(libc::IFLA_NET_NS_FD, &descriptor))
     }
 
     /// Sets the MAC of an interface that is down.
     pub fn set_address(&mut self, index: u32, mac: [u8; 6]) -> io::Result<()> {
-        self.request(link(index, 0).attribute(libc::IFLA_ADDRESS, &mac))
+        self.request(link(index, 0, 0).attribute(libc::IFLA_ADDRESS, &mac))
     }
 
     /// Sets an interface's MTU.
     pub fn set_mtu(&mut self, index: u32, mtu: u32) -> io::Result<()> {
-        self.request(link(index, 0).attribute(libc::IFLA_MTU, &mtu.to_ne_bytes()))
+        self.request(link(index, 0, 0).attribute(libc::IFLA_MTU, &mtu.to_ne_bytes()))
     }
 
     /// Brings an interface up.
     pub fn set_up(&mut self, index: u32) -> io::Result<()> {
-        self.request(link(index, libc::IFF_UP as u32))
+        let up = libc::IFF_UP as u32;
+        self.request(link(index, up, up))
+    }
+
+    /// Takes an interface down; its routes go.
+    pub fn set_down(&mut self, index: u32) -> io::Result<()> {
+        self.request(link(index, 0, libc::IFF_UP as u32))
+    }
+
+    /// Removes an address. One that is gone is not an error: those of IPv6 go when the interface goes down.
+    pub fn remove_address(&mut self, index: u32, cidr: Cidr) -> io::Result<()> {
+        let message = Message::new(libc::RTM_DELADDR, ACKNOWLEDGED)
+            .raw(&[family(cidr.address), cidr.prefix, 0, 0])
+            .raw(&index.to_ne_bytes())
+            .attribute(libc::IFA_LOCAL, &octets(cidr.address))
+            .attribute(libc::IFA_ADDRESS, &octets(cidr.address));
+        match self.request(message) {
+            Err(error) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => Ok(()),
+            other => other,
+        }
     }
 
     /// Adds an address.
@@ -205,13 +224,13 @@ fn acknowledgement(answer: &[u8], sequence: u32) -> Option<io::Result<()>> {
     })
 }
 
-fn link(index: u32, flags: u32) -> Message {
+fn link(index: u32, flags: u32, changed: u32) -> Message {
     // struct ifinfomsg: family and padding, type, index, flags, change mask
     Message::new(libc::RTM_NEWLINK, ACKNOWLEDGED)
         .raw(&[0; 4])
         .raw(&index.to_ne_bytes())
         .raw(&flags.to_ne_bytes())
-        .raw(&flags.to_ne_bytes())
+        .raw(&changed.to_ne_bytes())
 }
 
 fn family(address: IpAddr) -> u8 {
@@ -234,7 +253,9 @@ mod tests {
 
     #[test]
     fn messages_are_aligned_and_carry_their_length() {
-        let bytes = link(3, 1).attribute(libc::IFLA_IFNAME, b"eth0\0").finish(9);
+        let bytes = link(3, 1, 1)
+            .attribute(libc::IFLA_IFNAME, b"eth0\0")
+            .finish(9);
         assert_eq!(bytes.len(), 16 + 16 + 12);
         assert_eq!(bytes[..4], 44u32.to_ne_bytes());
         assert_eq!(bytes[8..12], 9u32.to_ne_bytes());

@@ -5,10 +5,11 @@ use std::os::fd::BorrowedFd;
 
 use nix::ifaddrs::getifaddrs;
 use nix::net::if_::if_nametoindex;
+use nix::sys::socket::SockaddrStorage;
 
 use super::netlink::Netlink;
 use super::plan::{Interface, Route};
-use super::{Context, SandboxError};
+use super::{Cidr, Context, SandboxError};
 
 /// Names, addresses and brings up the interfaces, then adds the routes.
 pub fn configure(interfaces: &[Interface], routes: &[Route]) -> Result<(), SandboxError> {
@@ -70,6 +71,52 @@ pub fn configure(interfaces: &[Interface], routes: &[Route]) -> Result<(), Sandb
             })?;
     }
     Ok(())
+}
+
+/// Takes the interfaces down, with all addresses and routes that they have.
+pub fn clear(interfaces: &[Interface]) -> Result<(), SandboxError> {
+    if interfaces.is_empty() {
+        return Ok(());
+    }
+    let mut netlink = Netlink::open().context(|| "open rtnetlink".into())?;
+    for interface in interfaces {
+        let name = find(&interface.current_mac)
+            .context(|| format!("find the device of {}", interface.name))?;
+        let index = index_of(&name)?;
+        netlink
+            .set_down(index)
+            .context(|| format!("take {name} down"))?;
+        for address in addresses(&name).context(|| format!("list the addresses of {name}"))? {
+            netlink
+                .remove_address(index, address)
+                .context(|| format!("remove {}/{} from {name}", address.address, address.prefix))?;
+        }
+    }
+    Ok(())
+}
+
+/// The addresses of a device.
+fn addresses(name: &str) -> io::Result<Vec<Cidr>> {
+    let own = getifaddrs()?.filter(|entry| entry.interface_name == name);
+    let addresses = own.filter_map(|entry| {
+        let (address, mask) = (entry.address?, entry.netmask?);
+        let v4 = |storage: &SockaddrStorage| storage.as_sockaddr_in().map(|v4| v4.ip());
+        let v6 = |storage: &SockaddrStorage| storage.as_sockaddr_in6().map(|v6| v6.ip());
+        if let (Some(address), Some(mask)) = (v4(&address), v4(&mask)) {
+            let prefix = u32::from(mask).leading_ones() as u8;
+            return Some(Cidr {
+                address: address.into(),
+                prefix,
+            });
+        }
+        let (address, mask) = (v6(&address)?, v6(&mask)?);
+        let prefix = u128::from(mask).leading_ones() as u8;
+        Some(Cidr {
+            address: address.into(),
+            prefix,
+        })
+    });
+    Ok(addresses.collect())
 }
 
 /// Moves the interfaces to another network namespace, before they are configured there.

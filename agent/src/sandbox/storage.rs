@@ -50,6 +50,22 @@ pub fn mount_shared(mounts: &[SharedMount]) -> Result<(), SandboxError> {
     Ok(())
 }
 
+/// Unmounts virtio-fs devices. What a container has mounted there with bidirectional propagation is in use.
+pub fn unmount_shared() -> Result<(), SandboxError> {
+    let mounts = std::fs::read_to_string("/proc/self/mounts")
+        .context(|| "read the mounts of the agent".into())?;
+    // Source, mount point, type (proc(5)). The agent's own mount points have no characters that are written otherwise.
+    for line in mounts.lines() {
+        let mut words = line.split(' ').skip(1);
+        if let (Some(point), Some("virtiofs")) = (words.next(), words.next()) {
+            umount2(point, MntFlags::empty()).context(|| {
+                format!("unmount the shared directory on {point}, which a container uses")
+            })?;
+        }
+    }
+    Ok(())
+}
+
 /// Mounts the place of writable layers.
 pub fn mount_scratch(scratch: &Scratch) -> Result<(), SandboxError> {
     create_dir(paths::SCRATCH)?;

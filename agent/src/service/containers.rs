@@ -148,6 +148,7 @@ pub async fn with_engine<T: Send + 'static>(
 /// Lets a created container's process run.
 pub async fn start(pod: Arc<Pod>, id: String) -> Result<(), ServiceError> {
     let container = pod.container(&id)?;
+    pod.check_moving()?;
     container.begin_start()?;
     let result = with_engine(&container, engine::Container::start).await;
     // A failed start ends the process: its exit is what the daemon sees next.

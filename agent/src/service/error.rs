@@ -39,6 +39,12 @@ pub enum ServiceError {
     SandboxNotReady,
     #[error("SetupSandbox was called before")]
     SandboxTwice,
+    #[error("the pod stands still while it is written to a snapshot: try again")]
+    Quiescent,
+    #[error("the pod does not stand still: call Quiesce first")]
+    NotQuiescent,
+    #[error("container {0} cannot stand still: {1}")]
+    InUse(String, &'static str),
     #[error("the guest is shutting down")]
     ShuttingDown,
     #[error("{field}: {reason}")]
@@ -70,8 +76,10 @@ impl ServiceError {
             | Self::NotCreated(_)
             | Self::SandboxNotReady
             | Self::SandboxTwice
+            | Self::NotQuiescent
+            | Self::InUse(..)
             | Self::NoTerminal(_) => Code::FailedPrecondition,
-            Self::Busy(_) | Self::ShuttingDown => Code::Unavailable,
+            Self::Busy(_) | Self::Quiescent | Self::ShuttingDown => Code::Unavailable,
             Self::TooMany(_) => Code::ResourceExhausted,
             Self::Sandbox(SandboxError::Invalid { .. }) => Code::InvalidArgument,
             Self::Engine(error) => engine_code(error),

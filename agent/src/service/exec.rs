@@ -27,6 +27,7 @@ fn exec_name(exec: &str) -> Result<Option<&str>, ServiceError> {
 /// Starts one more process in a container and gives its PID.
 pub async fn exec(pod: Arc<Pod>, request: ExecRequest) -> Result<i32, ServiceError> {
     let container = pod.container(&request.container_id)?;
+    pod.check_moving()?;
     validate::exec_id(&request.exec_id)?;
     if !container.is_running() {
         return Err(ServiceError::NotRunning(container.id.clone()));

@@ -10,6 +10,7 @@ mod exec;
 mod exits;
 mod oom;
 mod pod;
+mod quiesce;
 pub mod shutdown;
 mod stats;
 mod stdio;
@@ -107,6 +108,7 @@ impl Agent for Service {
         Ok(Response::new(HealthResponse {
             uptime_ms: u64::try_from(self.pod.started.elapsed().as_millis()).unwrap_or(u64::MAX),
             sandbox_ready: self.pod.setup() == Setup::Ready,
+            quiescent: self.pod.is_quiescent(),
         }))
     }
 
@@ -130,6 +132,16 @@ impl Agent for Service {
         })
         .await?;
         Ok(Response::new(SetupSandboxResponse {}))
+    }
+
+    async fn quiesce(&self, _: Request<QuiesceRequest>) -> Answer<QuiesceResponse> {
+        detached(quiesce::quiesce(self.pod.clone())).await?;
+        Ok(Response::new(QuiesceResponse {}))
+    }
+
+    async fn resume(&self, request: Request<ResumeRequest>) -> Answer<ResumeResponse> {
+        detached(quiesce::resume(self.pod.clone(), request.into_inner())).await?;
+        Ok(Response::new(ResumeResponse {}))
     }
 
     async fn create_container(

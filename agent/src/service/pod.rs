@@ -63,6 +63,9 @@ pub struct Pod {
     /// Raised by a stream connection that asks for the end.
     pub shutdown_requested: Notify,
     shutting_down: AtomicBool,
+    quiescent: AtomicBool,
+    /// Held while the pod is brought to a standstill, or goes on.
+    pub standstill: tokio::sync::Mutex<()>,
     /// Whether containers can run as far as the system is concerned.
     settled: watch::Sender<bool>,
     setup: Mutex<Setup>,
@@ -85,6 +88,8 @@ impl Pod {
             ended: Notify::new(),
             shutdown_requested: Notify::new(),
             shutting_down: AtomicBool::new(false),
+            quiescent: AtomicBool::new(false),
+            standstill: tokio::sync::Mutex::default(),
             settled: watch::Sender::new(false),
             setup: Mutex::new(Setup::Fresh),
             slots: Mutex::default(),
@@ -133,6 +138,35 @@ impl Pod {
         !self.shutting_down.swap(true, Ordering::Relaxed)
     }
 
+    /// Whether the pod stands still, or is being brought to that.
+    pub fn is_quiescent(&self) -> bool {
+        self.quiescent.load(Ordering::Relaxed)
+    }
+
+    /// Refuses what would begin something in a pod that stands still.
+    pub fn check_moving(&self) -> Result<(), ServiceError> {
+        match self.is_quiescent() {
+            true => Err(ServiceError::Quiescent),
+            false => Ok(()),
+        }
+    }
+
+    /// Takes the right to bring the pod to a standstill.
+    pub fn begin_quiescence(&self) -> Result<(), ServiceError> {
+        if self.setup() != Setup::Ready {
+            return Err(ServiceError::SandboxNotReady);
+        }
+        match self.quiescent.swap(true, Ordering::Relaxed) {
+            true => Err(ServiceError::Quiescent),
+            false => Ok(()),
+        }
+    }
+
+    /// The pod goes on.
+    pub fn end_quiescence(&self) {
+        self.quiescent.store(false, Ordering::Relaxed);
+    }
+
     fn slots(&self) -> std::sync::MutexGuard<'_, HashMap<String, Slot>> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -151,6 +185,7 @@ impl Pod {
         if self.setup() != Setup::Ready {
             return Err(ServiceError::SandboxNotReady);
         }
+        self.check_moving()?;
         let mut slots = self.slots();
         let count = slots.len();
         match slots.entry(id.to_owned()) {

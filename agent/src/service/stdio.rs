@@ -60,6 +60,11 @@ impl Streams {
         })
     }
 
+    /// All of them.
+    pub fn all(&self) -> &[Arc<Endpoint>] {
+        &self.ends
+    }
+
     /// A stream, or a sentence that says why there is none.
     pub fn get(&self, kind: Kind) -> Result<Arc<Endpoint>, String> {
         if let Some(end) = self.ends.iter().find(|end| end.kind() == kind) {

@@ -9,7 +9,7 @@ use std::time::Duration;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::sync::{Notify, OwnedMutexGuard};
+use tokio::sync::{Notify, OwnedMutexGuard, watch};
 
 /// What moves between a stream and its client at once.
 pub const CHUNK: usize = 64 * 1024;
@@ -106,6 +106,8 @@ pub struct Endpoint {
     /// The present client has closed its sending side: perhaps it is gone, so that a new one may take over.
     abandoned: AtomicBool,
     handover: Notify,
+    /// No more of the process's output is read.
+    held: watch::Sender<bool>,
 }
 
 /// The right to move a stream's bytes.
@@ -137,6 +139,7 @@ impl Endpoint {
             turn: Arc::default(),
             abandoned: AtomicBool::new(false),
             handover: Notify::new(),
+            held: watch::Sender::new(false),
         }))
     }
 
@@ -193,6 +196,27 @@ impl Endpoint {
                 return;
             }
         }
+    }
+
+    /// From now on no more output is read, and its client is told an end once it has what was read; or it is as usual again.
+    pub fn hold(&self, held: bool) {
+        self.held.send_replace(held);
+    }
+
+    /// Resolves when no more output is to be read.
+    pub async fn held(&self) {
+        // The sender is in `self`, so that the channel is open while this runs.
+        let _ = self.held.subscribe().wait_for(|held| *held).await;
+    }
+
+    /// Whether somebody is connected.
+    pub fn has_client(&self) -> bool {
+        self.turn.try_lock().is_err()
+    }
+
+    /// Waits until nobody is connected.
+    pub async fn wait_until_free(&self) {
+        drop(self.turn.lock().await);
     }
 
     /// Whether it is a terminal's input or both of its directions.

@@ -16,6 +16,8 @@ enum End {
     Process,
     /// The client has closed its sending side.
     HalfClose,
+    /// The stream is held: everything that was read has been delivered.
+    Held,
     /// The connection is broken, or another client has taken over.
     Lost,
 }
@@ -40,7 +42,7 @@ pub async fn serve<S: AsyncRead + AsyncWrite>(mut turn: Turn, client: S, keep: b
                 }
                 Kind::Tty => {
                     tokio::select! {
-                        end = output(&fd, &mut in_flight.output, &mut writer) => end,
+                        end = output(&endpoint, &fd, &mut in_flight.output, &mut writer) => end,
                         end = terminal_input(&endpoint, &fd, &mut in_flight.input, &mut reader) => end,
                     }
                 }
@@ -59,6 +61,10 @@ pub async fn serve<S: AsyncRead + AsyncWrite>(mut turn: Turn, client: S, keep: b
         }
         End::Process | End::HalfClose => {
             endpoint.close();
+            drop(turn);
+            finish(&mut reader, &mut writer).await;
+        }
+        End::Held => {
             drop(turn);
             finish(&mut reader, &mut writer).await;
         }
@@ -88,6 +94,7 @@ async fn discard(reader: &mut (impl AsyncRead + Unpin)) -> End {
 
 /// From the process to the client.
 async fn output(
+    endpoint: &Endpoint,
     fd: &AsyncFd<OwnedFd>,
     pending: &mut Pending,
     writer: &mut (impl AsyncWrite + Unpin),
@@ -100,17 +107,20 @@ async fn output(
                 Ok(count) => pending.delivered(count),
             }
         }
-        let read = fd
-            .async_io(Interest::READABLE, |fd| {
-                // Allocated only when there is something to read: an idle stream holds no buffer.
-                buffer.resize(CHUNK, 0);
-                let result = nix::unistd::read(fd, &mut buffer);
-                if result == Err(nix::errno::Errno::EAGAIN) {
-                    buffer = Vec::new();
-                }
-                Ok(result?)
-            })
-            .await;
+        let read = fd.async_io(Interest::READABLE, |fd| {
+            // Allocated only when there is something to read: an idle stream holds no buffer.
+            buffer.resize(CHUNK, 0);
+            let result = nix::unistd::read(fd, &mut buffer);
+            if result == Err(nix::errno::Errno::EAGAIN) {
+                buffer = Vec::new();
+            }
+            Ok(result?)
+        });
+        let read = tokio::select! {
+            biased;
+            () = endpoint.held() => return End::Held,
+            read = read => read,
+        };
         match read {
             // A terminal's master reads EIO when the last slave is closed.
             Ok(0) | Err(_) => return End::Process,
@@ -137,7 +147,7 @@ async fn output_and_watch(
         }
     };
     tokio::select! {
-        end = output(fd, pending, writer) => end,
+        end = output(endpoint, fd, pending, writer) => end,
         end = watch => end,
     }
 }
@@ -186,7 +196,7 @@ async fn terminal_input(
             std::future::pending().await
         }
         // The output direction finds the end, after the last bytes.
-        End::Process => std::future::pending().await,
+        End::Process | End::Held => std::future::pending().await,
     }
 }
 

@@ -294,3 +294,28 @@ async fn a_port_is_dialled_and_half_closes_pass() {
         );
     }
 }
+
+#[tokio::test]
+async fn a_held_stream_gives_up_its_client_and_nothing_else() {
+    let (reader, writer) = pipe();
+    let mut writer = File::from(writer);
+    let processes = one(Kind::Stdout, reader);
+    let (mut client, _) = connect(&processes, "STREAM c - stdout\n").await;
+    writer.write_all(b"first").unwrap();
+    let mut bytes = [0; 5];
+    client.read_exact(&mut bytes).await.unwrap();
+    assert!(processes.endpoint.has_client());
+    processes.endpoint.hold(true);
+    processes.endpoint.wait_until_free().await;
+    // What comes now stays in the pipe, the process's end too.
+    writer.write_all(b"second").unwrap();
+    drop(writer);
+    let mut rest = String::new();
+    assert_eq!(client.read_to_string(&mut rest).await.unwrap(), 0);
+    drop(client);
+    processes.endpoint.hold(false);
+    let (mut client, answer) = connect(&processes, "STREAM c - stdout\n").await;
+    assert_eq!(answer, "OK");
+    client.read_to_string(&mut rest).await.unwrap();
+    assert_eq!(rest, "second");
+}

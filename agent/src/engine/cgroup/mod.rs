@@ -22,6 +22,8 @@ pub use stats::{Pressure, PressureLine, Stats};
 
 /// How long the kernel gets to end the processes of a killed group.
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long the kernel gets to freeze the processes of a group.
+const FREEZE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Largest file of a group that is read, in bytes.
 const MAX_FILE: u64 = 1 << 20;
 /// Controllers that limits and statistics need, as far as the kernel has them.
@@ -193,6 +195,39 @@ impl Cgroup {
         match write_file(&self.directory.join("cgroup.kill"), "1") {
             Err(error) if !gone(&error) => Err(self.failed("write", "cgroup.kill", error)),
             _ => Ok(()),
+        }
+    }
+
+    /// Freezes the group and those below it, or lets them go on, and waits until that is so. A group that is gone is not an error.
+    ///
+    /// # Errors
+    /// If it is not so after 10 seconds.
+    pub fn freeze(&self, frozen: bool) -> Result<(), EngineError> {
+        let (value, wanted) = if frozen {
+            ("1", "frozen 1")
+        } else {
+            ("0", "frozen 0")
+        };
+        match write_file(&self.directory.join("cgroup.freeze"), value) {
+            Err(error) if gone(&error) => return Ok(()),
+            Err(error) => return Err(self.failed("write", "cgroup.freeze", error)),
+            Ok(()) => {}
+        }
+        let end = Instant::now() + FREEZE_TIMEOUT;
+        loop {
+            match read_bounded(&self.directory.join("cgroup.events")) {
+                Ok(events) if events.lines().any(|line| line == wanted) => return Ok(()),
+                Err(error) if gone(&error) => return Ok(()),
+                Err(error) => return Err(self.failed("read", "cgroup.events", error)),
+                Ok(_) if Instant::now() < end => std::thread::sleep(Duration::from_millis(1)),
+                Ok(_) => {
+                    let error = io::Error::new(
+                        io::ErrorKind::TimedOut,
+                        format!("a process hangs in the kernel: no {wanted:?} after 10 seconds"),
+                    );
+                    return Err(self.failed("freeze", "", error));
+                }
+            }
         }
     }
 
