@@ -216,6 +216,7 @@ fn of_the_next_version(stream: UnixStream) {
                 pid: 1,
                 state: VmState::Running,
                 agent_ready: true,
+                logs_held: false,
                 landlock: 0,
                 timings: Vec::new(),
             }),

@@ -135,7 +135,7 @@ pub fn build_and_boot(
     let console = Console::new(config.console, config.console_limit).map_err(start("console"))?;
     let line = SerialLine(vm.interrupt_line(layout::SERIAL_GSI)?);
     let (vcpus, serial) = match &template {
-        Some(template) if template.role == TemplateRole::Clone => {
+        Some(template) if template.role != TemplateRole::Make => {
             let state = timeline.measure("read template", || {
                 MachineState::read(&template.state, config.vcpus.into(), windows.len())
             })?;
@@ -143,7 +143,7 @@ pub fn build_and_boot(
             timeline.measure("restore devices", || restore(&mut windows, &state))?;
             let serial = Serial::from_state(&state.serial.0, line, NoEvents, console)
                 .map_err(|error| TemplateError::State(format!("{error:?}")))?;
-            // Its agent listened before it was a template.
+            // Its agent listened before it was written down.
             events.publish(Event::AgentReady);
             (vcpus, serial)
         }
@@ -165,11 +165,11 @@ pub fn build_and_boot(
     let making = match template {
         Some(template) if template.role == TemplateRole::Make => {
             let image = Image::new(vm.memory(), &template.memory).map_err(start("template"))?;
-            let saver = vm.saver(&vcpus)?;
-            Some(Making::new(saver, image, template.state, settled))
+            Some(Making::new(image, template.state, settled))
         }
         _ => None,
     };
+    let saver = vm.saver(&vcpus)?;
     let bus = Arc::new(Bus::new(serial, windows, Arc::clone(ending)));
     let vcpus = timeline.measure("start vcpus", || {
         Vcpus::start(vcpus, &bus, ending).map_err(start("vCPU threads"))
@@ -179,7 +179,7 @@ pub fn build_and_boot(
         LogManager::new(connector, Arc::new(move |event| events.publish(event)))
     });
     let running = Running {
-        pod: Pod::Machine(Machine::new(vm, vcpus, bus, Arc::clone(ending))),
+        pod: Pod::Machine(Machine::new(vm, vcpus, bus, Arc::clone(ending), saver)),
         logs,
         layers: devices.layers,
         landlock,
@@ -194,6 +194,7 @@ fn content(template: &Template) -> Content<'_> {
     match template.role {
         TemplateRole::Make => Content::Nothing,
         TemplateRole::Clone => Content::Template(&template.memory),
+        TemplateRole::Restore => Content::Copy(&template.memory),
     }
 }
 
@@ -269,6 +270,12 @@ fn create_devices(
     let mut layers = None;
     if let Some(serial) = config.layers.take() {
         let shared = Arc::new(Layers::default());
+        for layer in config.placed_layers.drain(..) {
+            // Before the guest runs, which knows where they are and may be reading.
+            shared
+                .put(&layer.name, layer.file, layer.offset)
+                .map_err(device(&format!("disk {serial}")))?;
+        }
         let device = Block::of_layers(Arc::clone(&shared), &serial)
             .map_err(device(&format!("disk {serial}")))?;
         all.push(Box::new(device.limited(config.disk_rate)));
@@ -296,7 +303,12 @@ fn create_devices(
             Knock::Settled => drop(settled.send(())),
         });
         let listener = vsock.listener.map(OwnedFd::from);
-        let vsock = Vsock::new(vsock.cid, listener, knocked).map_err(device("vsock device"))?;
+        let restored =
+            matches!(&config.template, Some(template) if template.role == TemplateRole::Restore);
+        let mut vsock = Vsock::new(vsock.cid, listener, knocked).map_err(device("vsock device"))?;
+        if restored {
+            vsock.begin_anew();
+        }
         connector = Some(vsock.connector());
         all.push(Box::new(vsock));
     }

@@ -90,7 +90,17 @@ pub struct Vsock {
     pub listener: Option<UnixListener>,
 }
 
-/// A template's files.
+/// A layer with its place.
+pub struct PlacedLayer {
+    /// Its name.
+    pub name: String,
+    /// Its EROFS image.
+    pub file: OwnedFd,
+    /// The first byte of its place.
+    pub offset: u64,
+}
+
+/// A template's files, or those of a machine that was saved.
 pub struct Template {
     /// Whether it is made or used.
     pub role: TemplateRole,
@@ -128,6 +138,8 @@ pub struct MachineConfig {
     pub disks: Vec<Disk>,
     /// The serial of the disk of layers, if there is to be one.
     pub layers: Option<String>,
+    /// The layers that are there from the start.
+    pub placed_layers: Vec<PlacedLayer>,
     /// Network devices.
     pub nets: Vec<Net>,
     /// The most that each disk does.
@@ -201,6 +213,11 @@ impl MachineConfig {
                 .map(|disk| fds.disk(disk))
                 .collect::<Result<_, _>>()?,
             layers: config.layers,
+            placed_layers: config
+                .placed_layers
+                .into_iter()
+                .map(|layer| fds.layer(layer))
+                .collect::<Result<_, _>>()?,
             nets: config
                 .nets
                 .into_iter()
@@ -269,6 +286,17 @@ impl<T> Fds<'_, T> {
             file: self.take(disk.file)?.into(),
             serial: disk.serial,
             read_only: disk.read_only,
+        })
+    }
+
+    fn layer(
+        &mut self,
+        layer: caisson_vmm_protocol::PlacedLayer,
+    ) -> Result<PlacedLayer, ConfigError> {
+        Ok(PlacedLayer {
+            file: self.take(layer.file)?,
+            name: layer.name,
+            offset: layer.offset,
         })
     }
 

@@ -1,5 +1,7 @@
 //! What a pod process is in charge of: a machine, or a pod that runs on the host.
 
+use std::fs::File;
+use std::io::BufWriter;
 use std::sync::Arc;
 
 use caisson_vmm_protocol::VmState;
@@ -8,6 +10,9 @@ use crate::host::HostPod;
 use crate::logs::{Dial, LogManager};
 use crate::virtio::blk::Layers;
 use crate::vm::{Ending, Machine};
+
+/// What a saved machine writes at a time, in bytes.
+const BUFFER: usize = 256 << 10;
 
 /// A pod that runs, and the ways to its agent.
 pub struct Running {
@@ -70,6 +75,19 @@ impl Pod {
             Self::Host(_) => return Err("a pod of the host has no machine that could resume"),
         }
         Ok(())
+    }
+
+    /// Writes it down, and parks it; its vCPUs, and MiB of memory. See [`Machine::write`].
+    ///
+    /// # Errors
+    /// A sentence. A pod of the host cannot be written down.
+    pub fn write(&self, to: File) -> Result<(u8, u32), String> {
+        let Self::Machine(machine) = self else {
+            return Err("a pod of the host has no machine that could be saved".into());
+        };
+        let mut to = BufWriter::with_capacity(BUFFER, to);
+        machine.write(&mut to).map_err(|error| error.to_string())?;
+        Ok(machine.size())
     }
 
     /// Notes that its end was asked for, so that it is no failure.

@@ -117,6 +117,21 @@ pub async fn set_up(
     .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
 }
 
+/// Lets an agent go on with its pod, in the machine that it finds itself in.
+///
+/// # Errors
+/// It refused, or did not answer in time.
+pub async fn resume(
+    mut client: AgentClient<Channel>,
+    request: proto::ResumeRequest,
+) -> io::Result<()> {
+    tokio::time::timeout(SETUP_TIMEOUT, client.resume(request))
+        .await
+        .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
+        .map(drop)
+        .map_err(|status| io::Error::other(status.message().to_owned()))
+}
+
 /// The IDs of a pod as its agent is told them.
 pub fn user_namespace(ids: Option<&UserIds>) -> Option<proto::UserNamespace> {
     let range = |range: ids::IdRange| {

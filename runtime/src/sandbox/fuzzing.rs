@@ -48,7 +48,7 @@ pub(crate) fn reply(said: &[u8]) {
     let length = (said.len() as u32).to_le_bytes();
     theirs.write_all(&[&length, said].concat()).expect("room");
     theirs.shutdown(Shutdown::Write).expect("a socket");
-    if let Err(error) = exchange(ours, &Request::Pause, &[], Duration::from_secs(20)) {
+    if let Err(error) = exchange(ours, &Request::Pause, &[], (), Duration::from_secs(20)) {
         assert!(!error.to_string().is_empty());
     }
 }

@@ -11,9 +11,11 @@
 
 mod channel;
 mod messages;
+mod saved;
 
 pub use channel::{Channel, ChannelError, Frame, MAX_FDS, MAX_FRAME};
 pub use messages::*;
+pub use saved::Part;
 
 /// The version of this protocol. A side that is told another one refuses with a sentence that names both.
 pub const PROTOCOL_VERSION: u32 = 2;

@@ -61,6 +61,18 @@ pub enum Request {
         /// Its EROFS image: a regular file, open for reading.
         file: FdIndex,
     },
+    /// From now on the end of a container's output stream is no end: the agent is about to let go of all streams
+    /// (`Quiesce`), to have what it has read of them in the logs. Until [`Request::ReleaseLogs`].
+    HoldLogs,
+    /// Take up again the streams that have been let go of, or are at their end. Nothing happens to others.
+    ReleaseLogs,
+    /// Wait until all held streams are in their logs, stop the machine as [`Request::Pause`] does, and write it down.
+    /// Answered with [`Reply::Saved`] when all is written; the machine then stays as it is until [`Request::Resume`].
+    /// Where it fails, the machine goes on.
+    Save {
+        /// A socket or pipe. What goes there is described at [`Part`](crate::Part).
+        to: FdIndex,
+    },
     /// Turn this connection into a stream of [`Event`]s. Past facts that still hold (agent ready, exited,
     /// logs drained) come first, so that a watcher that comes late misses none.
     Watch,
@@ -99,6 +111,9 @@ pub struct VmConfig {
     /// The serial of a read-only disk, after the others, that has the layers of [`Request::AddLayer`]; none: no such
     /// disk.
     pub layers: Option<String>,
+    /// Layers that are on that disk from the start, by ascending offsets: those of the machine that is restored.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub placed_layers: Vec<PlacedLayer>,
     /// Network devices.
     pub nets: Vec<NetConfig>,
     /// The most that each disk does, reading and writing together.
@@ -136,6 +151,7 @@ impl VmConfig {
             exit_file: None,
             disks: Vec::new(),
             layers: None,
+            placed_layers: Vec::new(),
             nets: Vec::new(),
             disk_rate: RateLimit::default(),
             net_rate: RateLimit::default(),
@@ -147,8 +163,21 @@ impl VmConfig {
     }
 }
 
+/// A layer with its place on the disk of layers.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlacedLayer {
+    /// As in [`Request::AddLayer`].
+    pub name: String,
+    /// As in [`Request::AddLayer`].
+    pub file: FdIndex,
+    /// The first byte of its place.
+    pub offset: u64,
+}
+
 /// A machine that is, or begins as, a template: one that was booted once, of which pods are clones. A clone has the
-/// vCPUs, memory, devices, kernel and command line of its template.
+/// vCPUs, memory, devices, kernel and command line of its template. So has one that is restored, of the machine that
+/// was saved ([`Request::Save`]).
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TemplateConfig {
@@ -161,7 +190,7 @@ pub struct TemplateConfig {
     pub state: FdIndex,
 }
 
-/// Whether a template is made or used.
+/// Whether a template, or a saved machine, is made or used.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TemplateRole {
@@ -170,6 +199,9 @@ pub enum TemplateRole {
     Make,
     /// Begin where the template ended. Kernel and initramfs are not read.
     Clone,
+    /// Begin where the machine was saved. The memory's file is read, and not needed any more when that is done. The guest
+    /// hears that its vsock connections are gone.
+    Restore,
 }
 
 /// The most that a device does in a second. 0: as much as it can.
@@ -296,11 +328,36 @@ pub enum Reply {
         /// The number of bytes, a multiple of 512.
         bytes: u64,
     },
+    /// The answer to [`Request::Save`].
+    Saved(SavedMachine),
     /// Not done, and why, in one sentence.
     Error {
         /// The sentence.
         message: String,
     },
+}
+
+/// What one has to know of a saved machine besides what it wrote.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+pub struct SavedMachine {
+    /// Its virtual CPUs.
+    pub vcpus: u8,
+    /// Its memory in MiB.
+    pub memory_mib: u32,
+    /// Its layers, by ascending offsets.
+    pub layers: Vec<LayerPlace>,
+}
+
+/// Where a layer is on the disk of layers.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LayerPlace {
+    /// Its name.
+    pub name: String,
+    /// The first byte.
+    pub offset: u64,
+    /// The number of bytes, a multiple of 512.
+    pub bytes: u64,
 }
 
 /// How a VMM does.
@@ -316,6 +373,9 @@ pub struct VmStatus {
     pub state: VmState,
     /// Whether the agent has said that it listens.
     pub agent_ready: bool,
+    /// Between [`Request::HoldLogs`] and [`Request::ReleaseLogs`].
+    #[serde(default)]
+    pub logs_held: bool,
     /// The version of Landlock that confines it, which the kernel tells nobody else; 0: none.
     #[serde(default)]
     pub landlock: u32,

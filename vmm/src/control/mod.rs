@@ -21,8 +21,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use caisson_vmm_protocol::{
-    Channel, ChannelError, Event, ExitReason, FdIndex, Frame, PROTOCOL_VERSION, Reply, Request,
-    STREAM_PORT, Span, VmState, VmStatus,
+    Channel, ChannelError, Event, ExitReason, FdIndex, Frame, LayerPlace, PROTOCOL_VERSION, Reply,
+    Request, STREAM_PORT, SavedMachine, Span, VmState, VmStatus,
 };
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -52,7 +52,7 @@ pub fn await_boot(channel: &mut Channel) -> Result<Option<Frame<Request>>, Chann
         };
         let reply = match &mut frame.message {
             Request::Boot(_) | Request::Join(_) => return Ok(Some(frame)),
-            Request::Status { .. } => Reply::Status(status(VmState::New, false, 0, &[])),
+            Request::Status { .. } => Reply::Status(status(VmState::New)),
             Request::Kill => return Ok(None),
             _ => error("the machine has not been booted; send boot first"),
         };
@@ -160,7 +160,7 @@ impl Control {
         }
     }
 
-    fn converse(&self, channel: &mut Channel) -> Result<(), ChannelError> {
+    fn converse(self: &Arc<Self>, channel: &mut Channel) -> Result<(), ChannelError> {
         loop {
             let frame = match next_request(channel) {
                 Err(bad @ (ChannelError::Json(_) | ChannelError::TooLong(_))) => {
@@ -189,11 +189,11 @@ impl Control {
         told
     }
 
-    fn answer(&self, frame: Frame<Request>) -> Reply {
+    fn answer(self: &Arc<Self>, frame: Frame<Request>) -> Reply {
         self.perform(frame).unwrap_or_else(error)
     }
 
-    fn perform(&self, mut frame: Frame<Request>) -> Result<Reply, Box<dyn Error>> {
+    fn perform(self: &Arc<Self>, mut frame: Frame<Request>) -> Result<Reply, Box<dyn Error>> {
         let pod = &self.running.pod;
         match frame.message.clone() {
             Request::Boot(_) | Request::Join(_) => {
@@ -208,10 +208,13 @@ impl Control {
                 .into());
             }
             Request::Status { .. } => {
-                let ready = self.events.agent_ready();
-                let landlock = self.running.landlock;
-                let status = status(pod.state(), ready, landlock, &self.timings);
-                return Ok(Reply::Status(status));
+                return Ok(Reply::Status(VmStatus {
+                    agent_ready: self.events.agent_ready(),
+                    logs_held: self.running.logs.as_ref().is_some_and(LogManager::is_held),
+                    landlock: self.running.landlock,
+                    timings: self.timings.clone(),
+                    ..status(pod.state())
+                }));
             }
             Request::Pause => pod.pause()?,
             Request::Resume => pod.resume()?,
@@ -255,10 +258,41 @@ impl Control {
                     bytes: place.end - place.start,
                 });
             }
+            Request::HoldLogs => self.logs()?.hold(),
+            Request::ReleaseLogs => self.logs()?.release()?,
+            Request::Save { to } => {
+                let to = frame.take_fd(to)?;
+                return self.save(to.into());
+            }
             // The connection was turned into a stream of events before.
             Request::Watch => {}
         }
         Ok(Reply::Done)
+    }
+
+    /// Saves the machine on a thread of its own, the one that may read a vCPU's registers.
+    fn save(self: &Arc<Self>, to: File) -> Result<Reply, Box<dyn Error>> {
+        self.logs()?.wait_until_held()?;
+        let control = Arc::clone(self);
+        let save = move || control.pod().write(to);
+        let thread = threads::spawn(Kind::Save, "save", 0, save)?;
+        let written = thread
+            .join()
+            .map_err(|_| "the thread that saves has ended")?;
+        let (vcpus, memory_mib) = written?;
+        let layers = self.running.layers.as_ref().map(|layers| layers.places());
+        let places = layers.unwrap_or_default().into_iter();
+        Ok(Reply::Saved(SavedMachine {
+            vcpus,
+            memory_mib,
+            layers: places
+                .map(|(name, place)| LayerPlace {
+                    name,
+                    offset: place.start,
+                    bytes: place.end - place.start,
+                })
+                .collect(),
+        }))
     }
 
     fn logs(&self) -> Result<&LogManager, &'static str> {
@@ -324,15 +358,17 @@ fn error(message: impl ToString) -> Reply {
     }
 }
 
-fn status(state: VmState, agent_ready: bool, landlock: u32, timings: &[Span]) -> VmStatus {
+/// Of a process in this state of which nothing else is known.
+fn status(state: VmState) -> VmStatus {
     VmStatus {
         version: PROTOCOL_VERSION,
         build: env!("CARGO_PKG_VERSION").to_owned(),
         pid: std::process::id(),
         state,
-        agent_ready,
-        landlock,
-        timings: timings.to_vec(),
+        agent_ready: false,
+        logs_held: false,
+        landlock: 0,
+        timings: Vec::new(),
     }
 }
 

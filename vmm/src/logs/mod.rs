@@ -9,6 +9,7 @@ mod agent;
 mod format;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
+mod hold;
 mod sink;
 mod stream;
 mod tee;
@@ -19,6 +20,7 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -31,6 +33,8 @@ use stream::{Live, Log};
 
 /// How long the agent may take to open a stream.
 const OPEN_TIME: Duration = Duration::from_secs(10);
+/// How long the last output before a hold may be under way.
+const HOLD_TIME: Duration = Duration::from_secs(10);
 /// The longest container ID, as the agent's protocol has it.
 const MAX_ID: usize = 128;
 
@@ -57,6 +61,12 @@ pub enum LogError {
     /// The agent gave no stream.
     #[error(transparent)]
     Agent(#[from] AgentStreamError),
+    /// What was read last cannot be written.
+    #[error(
+        "the output of container {0} is still under way after {limit} s; is there room for its log?",
+        limit = HOLD_TIME.as_secs()
+    )]
+    UnderWay(String),
     /// The system refused something.
     #[error("the log of container {id} could not be set up: {source}")]
     Host {
@@ -88,6 +98,7 @@ pub struct LogManager {
     events: EventSink,
     logs: Mutex<HashMap<String, Entry>>,
     live: Arc<Live>,
+    held: AtomicBool,
 }
 
 enum Entry {
@@ -104,6 +115,7 @@ impl LogManager {
             events,
             logs: Mutex::new(HashMap::new()),
             live: Arc::default(),
+            held: AtomicBool::new(false),
         }
     }
 
@@ -229,6 +241,61 @@ impl LogManager {
             log.abandon();
             logs.remove(id);
         }
+    }
+
+    fn running(&self) -> Vec<(String, Arc<Log>)> {
+        let logs = self.lock();
+        let running = logs.iter().filter_map(|(id, entry)| match entry {
+            Entry::Running(log) => Some((id.clone(), Arc::clone(log))),
+            Entry::Opening => None,
+        });
+        running.collect()
+    }
+
+    /// From now on a stream that ends was let go of by the agent, and goes on with [`LogManager::release`].
+    pub fn hold(&self) {
+        self.held.store(true, Ordering::Relaxed);
+        self.running()
+            .iter()
+            .for_each(|(_, log)| log.hold().begin());
+    }
+
+    /// Whether the logs are held.
+    pub fn is_held(&self) -> bool {
+        self.held.load(Ordering::Relaxed)
+    }
+
+    /// Waits until all streams have been let go of, and what they had is in the logs.
+    ///
+    /// # Errors
+    /// [`LogError::UnderWay`].
+    pub fn wait_until_held(&self) -> Result<(), LogError> {
+        let late = |(_, log): &(String, Arc<Log>)| !log.wait_until_held(HOLD_TIME);
+        match self.running().into_iter().find(late) {
+            Some((id, _)) => Err(LogError::UnderWay(id)),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes up the streams again that have been let go of. One that cannot be had has ended.
+    ///
+    /// # Errors
+    /// The first that could not be had, after all were tried.
+    pub fn release(&self) -> Result<(), LogError> {
+        self.held.store(false, Ordering::Relaxed);
+        let mut failed = Ok(());
+        for (id, log) in self.running() {
+            for tag in log.hold().release() {
+                let name = if log.terminal() { "tty" } else { tag.name() };
+                let next = self.open(&id, name).map_err(|error| {
+                    if failed.is_ok() {
+                        failed = Err(error);
+                    }
+                });
+                log.hold().give(tag, next.ok());
+            }
+        }
+        failed
     }
 
     /// The containers whose output has ended and is written.

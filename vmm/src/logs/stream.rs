@@ -11,6 +11,7 @@ use caisson_vmm_protocol::Event;
 
 use super::EventSink;
 use super::format::{Formatter, Tag};
+use super::hold::Hold;
 use super::sink::Sink;
 use super::tee::{Arrivals, Tees};
 use crate::threads::{self, Kind};
@@ -62,6 +63,7 @@ pub struct Log {
     id: String,
     terminal: bool,
     sink: Sink,
+    hold: Hold,
     stdout: Arrivals,
     stderr: Arrivals,
     /// Streams that have not ended.
@@ -83,6 +85,7 @@ impl Log {
             id,
             terminal,
             sink: Sink::new(file)?,
+            hold: Hold::default(),
             stdout: Arrivals::default(),
             stderr: Arrivals::default(),
             left: AtomicUsize::new(if terminal { 1 } else { 2 }),
@@ -116,6 +119,18 @@ impl Log {
     pub fn abandon(&self) {
         self.unwanted.store(true, Ordering::Relaxed);
         self.sink.abandon();
+        self.hold.end();
+    }
+
+    /// What becomes of streams at their end.
+    pub fn hold(&self) -> &Hold {
+        &self.hold
+    }
+
+    /// Waits until all streams that have not ended are held. False after `timeout`.
+    pub fn wait_until_held(&self, timeout: Duration) -> bool {
+        self.hold
+            .wait_for(timeout, || self.left.load(Ordering::Acquire))
     }
 
     /// Whether all streams have ended and are written.
@@ -141,7 +156,7 @@ impl Log {
                 &format!("log-{}", tag.name()),
                 STACK,
                 move || {
-                    log.copy(stream, tag);
+                    log.copy(stream, tag, &ours);
                     ours.change(-1);
                 },
             );
@@ -153,15 +168,14 @@ impl Log {
         Ok(())
     }
 
-    fn copy(&self, mut stream: UnixStream, tag: Tag) {
+    fn copy(&self, mut stream: UnixStream, tag: Tag, live: &Live) {
         let mut bytes = vec![0; READ];
         let mut lines = Vec::new();
         let mut formatter = Formatter::new(tag);
         let mut tees = Tees::default();
         loop {
             match stream.read(&mut bytes) {
-                Ok(0) => break,
-                Ok(n) => {
+                Ok(n) if n > 0 => {
                     if self.sink.has_file() {
                         formatter.feed(&bytes[..n], SystemTime::now(), &mut lines);
                         self.write(&mut lines);
@@ -170,16 +184,26 @@ impl Log {
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 // The stream is the end of a socket pair of ours: it ends, it does not fail.
-                Err(_) => break,
+                _ => {
+                    if self.sink.has_file() {
+                        formatter.finish(SystemTime::now(), &mut lines);
+                        self.write(&mut lines);
+                    }
+                    // Nothing of it is under way, so nobody has to wait for it.
+                    live.change(-1);
+                    let next = self.hold.next(tag, stream);
+                    live.change(1);
+                    match next {
+                        Some(next) => stream = next,
+                        None => break,
+                    }
+                }
             }
-        }
-        if self.sink.has_file() {
-            formatter.finish(SystemTime::now(), &mut lines);
-            self.write(&mut lines);
         }
         drop(tees);
         self.arrivals(tag).end();
         let last = self.left.fetch_sub(1, Ordering::AcqRel) == 1;
+        self.hold.tell();
         if last && !self.unwanted.load(Ordering::Relaxed) {
             (self.events)(Event::LogDrained {
                 container_id: self.id.clone(),

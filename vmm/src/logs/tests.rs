@@ -406,3 +406,67 @@ fn an_agent_that_refuses_or_talks_nonsense_is_an_error() {
         );
     }
 }
+
+#[test]
+fn a_held_stream_goes_on_in_the_next_one_and_its_end_is_none() {
+    let pod = Pod::new();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let log = file.as_file().try_clone().unwrap().into();
+    let (copy, mut seen) = UnixStream::pair().unwrap();
+    let mut streams = pod.add(NewLog {
+        stdout: Some(copy.into()),
+        ..new("c", Some(log))
+    });
+    let mut out = streams.remove(0);
+    let err = streams.remove(0);
+    out.write_all(b"whole\nbeg").unwrap();
+    pod.logs.hold();
+    drop((out, err));
+    pod.logs.wait_until_held().unwrap();
+    // Of what a reader has seen nothing is under way, and nobody takes the container's output for complete.
+    let lines = |text: String| {
+        let words = text
+            .lines()
+            .map(|line| line.splitn(3, ' ').nth(2).unwrap().to_owned());
+        words.collect::<Vec<_>>()
+    };
+    let text = || lines(std::fs::read_to_string(file.path()).unwrap());
+    assert_eq!(text(), ["F whole", "P beg"]);
+    assert!(pod.logs.finish(MOMENT));
+    assert!(pod.events.recv_timeout(MOMENT).is_err());
+
+    let logs = &pod.logs;
+    std::thread::scope(|scope| {
+        scope.spawn(|| logs.release().unwrap());
+        let opened = [
+            pod.streams.recv_timeout(LONG).unwrap(),
+            pod.streams.recv_timeout(LONG).unwrap(),
+        ];
+        for mut stream in opened {
+            if stream.line.contains("stdout") {
+                stream.socket.write_all(b"un\n").unwrap();
+            }
+        }
+    });
+    assert_eq!(pod.event(), drained("c"));
+    assert_eq!(text(), ["F whole", "P beg", "F un"]);
+    let mut all = String::new();
+    seen.read_to_string(&mut all).unwrap();
+    assert_eq!(all, "whole\nbegun\n");
+}
+
+#[test]
+fn a_log_that_is_removed_while_it_is_held_keeps_no_thread() {
+    let pod = Pod::new();
+    let streams = pod.add(new("c", None));
+    pod.logs.hold();
+    drop(streams);
+    pod.logs.wait_until_held().unwrap();
+    let log = pod.logs.find("c").unwrap();
+    pod.logs.remove("c");
+    let end = std::time::Instant::now() + LONG;
+    while !log.is_drained() {
+        assert!(std::time::Instant::now() < end);
+        std::thread::yield_now();
+    }
+}

@@ -44,29 +44,15 @@ impl Image {
     /// # Errors
     /// What the system says.
     pub fn write(&self) -> io::Result<()> {
-        let mut block = vec![0; HUGE];
-        for region in self.from.iter() {
-            let (start, length) = (region.start_addr(), region.len() as usize);
-            for offset in (0..length).step_by(HUGE) {
-                let block = &mut block[..HUGE.min(length - offset)];
-                let at = start.unchecked_add(offset as u64);
-                self.from.read_slice(block, at).map_err(io::Error::other)?;
-                self.write_block(at, block)?;
-            }
-        }
-        Ok(())
+        blocks(&self.from, |block| self.write_block(block))
     }
 
-    fn write_block(&self, at: GuestAddress, block: &[u8]) -> io::Result<()> {
-        let used = || {
-            let pages = block.chunks(PAGE).enumerate();
-            pages.filter(|(_, page)| *page != &ZEROES[..page.len()])
-        };
-        if used().count() >= DENSE {
-            self.ask_for_huge_page(at, block.len())?;
+    fn write_block(&self, block: &Block<'_>) -> io::Result<()> {
+        if block.used().count() >= DENSE {
+            self.ask_for_huge_page(block.at, block.bytes.len())?;
         }
-        for (number, page) in used() {
-            let to = at.unchecked_add((number * PAGE) as u64);
+        for (offset, page) in block.used() {
+            let to = block.at.unchecked_add(offset as u64);
             self.to.write_slice(page, to).map_err(io::Error::other)?;
         }
         Ok(())
@@ -88,6 +74,65 @@ impl Image {
             },
         }
     }
+}
+
+/// A part of a machine's memory, at most [`HUGE`] bytes.
+pub(super) struct Block<'a> {
+    /// Where the guest has it.
+    at: GuestAddress,
+    /// Where it is when all regions lie one after another.
+    pub offset: u64,
+    /// What is there.
+    bytes: &'a [u8],
+}
+
+impl Block<'_> {
+    /// The pages that are not zero, each with its place in the block.
+    pub fn used(&self) -> impl Iterator<Item = (usize, &[u8])> {
+        let pages = self.bytes.chunks(PAGE).enumerate();
+        let used = pages.filter(|(_, page)| *page != &ZEROES[..page.len()]);
+        used.map(|(number, page)| (number * PAGE, page))
+    }
+
+    /// The same, with neighbours in one.
+    pub fn runs(&self) -> impl Iterator<Item = (usize, &[u8])> {
+        let mut used = self.used().peekable();
+        std::iter::from_fn(move || {
+            let (start, first) = used.next()?;
+            let mut end = start + first.len();
+            while let Some((_, page)) = used.next_if(|(next, _)| *next == end) {
+                end += page.len();
+            }
+            Some((start, &self.bytes[start..end]))
+        })
+    }
+}
+
+/// Goes over the memory of a machine that is parked. Each block is read once.
+///
+/// # Errors
+/// What `visit` says, and what of the memory cannot be read.
+pub(super) fn blocks(
+    memory: &GuestMemoryMmap,
+    mut visit: impl FnMut(&Block<'_>) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut bytes = vec![0; HUGE];
+    let mut before = 0;
+    for region in memory.iter() {
+        let (start, length) = (region.start_addr(), region.len() as usize);
+        for offset in (0..length).step_by(HUGE) {
+            let bytes = &mut bytes[..HUGE.min(length - offset)];
+            let at = start.unchecked_add(offset as u64);
+            memory.read_slice(bytes, at).map_err(io::Error::other)?;
+            visit(&Block {
+                at,
+                offset: before + offset as u64,
+                bytes,
+            })?;
+        }
+        before += region.len();
+    }
+    Ok(())
 }
 
 #[cfg(test)]

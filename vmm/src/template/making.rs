@@ -4,7 +4,7 @@ use std::fs::File;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
-use super::{Image, Saver, TemplateError};
+use super::{Image, TemplateError};
 use crate::vm::Machine;
 
 /// How often it is looked whether the machine has ended by itself.
@@ -15,17 +15,15 @@ const REST: Duration = Duration::from_millis(200);
 
 /// What makes a template of a machine that runs.
 pub struct Making {
-    saver: Saver,
     image: Image,
     state: File,
     settled: Receiver<()>,
 }
 
 impl Making {
-    /// To read the vCPUs with `saver`, and write `image` and `state`, once there is a message in `settled`.
-    pub fn new(saver: Saver, image: Image, state: File, settled: Receiver<()>) -> Self {
+    /// To write `image` and `state` once there is a message in `settled`.
+    pub fn new(image: Image, state: File, settled: Receiver<()>) -> Self {
         Self {
-            saver,
             image,
             state,
             settled,
@@ -50,7 +48,7 @@ impl Making {
             }
         }
         std::thread::sleep(REST);
-        let state = machine.save(&mut self.saver)?;
+        let state = machine.save()?;
         if machine.ending().reason().is_some() {
             return Ok(false);
         }

@@ -4,10 +4,15 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek64};
-use vm_memory::{GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{
+    Bytes, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
+};
+
+use crate::vm::memory::HUGE;
 
 /// Parts of the file that are nearer to each other than this are mapped as one.
 const GAP: u64 = 256 << 10;
@@ -55,13 +60,41 @@ impl<'a> Overlay<'a> {
     /// # Errors
     /// What the system says.
     pub fn lay(&self, memory: &GuestMemoryMmap) -> io::Result<()> {
+        self.each(memory, |region, offset, part| {
+            self.map(region.as_ptr(), offset, part.start, part.end - part.start)
+        })
+    }
+
+    /// Copies the parts into `memory`, likewise. The file is not needed any more then, and may change.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn fill(&self, memory: &GuestMemoryMmap) -> io::Result<()> {
+        let mut bytes = vec![0; HUGE];
+        self.each(memory, |region, offset, part| {
+            for at in part.clone().step_by(HUGE) {
+                let bytes = &mut bytes[..HUGE.min((part.end - at) as usize)];
+                self.file.read_exact_at(bytes, at)?;
+                let to = MemoryRegionAddress(offset + (at - part.start));
+                region.write_slice(bytes, to).map_err(io::Error::other)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// What is there for each region: where in the region, and where in the file.
+    fn each(
+        &self,
+        memory: &GuestMemoryMmap,
+        mut visit: impl FnMut(&GuestRegionMmap, u64, Range<u64>) -> io::Result<()>,
+    ) -> io::Result<()> {
         let mut begin = 0;
         for region in memory.iter() {
             let end = begin + region.len();
             for part in &self.parts {
                 let (from, to) = (part.start.max(begin), part.end.min(end));
                 if from < to {
-                    self.map(region.as_ptr(), from - begin, from, to - from)?;
+                    visit(region, from - begin, from..to)?;
                 }
             }
             begin = end;
@@ -94,8 +127,7 @@ impl<'a> Overlay<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::FileExt;
-    use vm_memory::{Bytes, GuestAddress};
+    use vm_memory::GuestAddress;
 
     #[test]
     fn a_clone_sees_the_template_and_changes_only_its_own() {
@@ -122,6 +154,26 @@ mod tests {
         assert_eq!(&there, b"high");
         file.read_exact_at(&mut there, 2 << 20).unwrap();
         assert_eq!(there, [0; 4]);
+    }
+
+    #[test]
+    fn a_restored_machine_has_a_memory_of_its_own() {
+        let file = tempfile::tempfile().unwrap();
+        let length = 8 << 20;
+        file.set_len(length).unwrap();
+        // Over the end of a region, and of what is read at a time.
+        file.write_all_at(&vec![7; 3 << 20], (2 << 20) + 4096)
+            .unwrap();
+        let ranges = [(GuestAddress(0), 4 << 20), (GuestAddress(1 << 32), 4 << 20)];
+        let memory = crate::vm::memory::map(&ranges).unwrap();
+        Overlay::new(&file, length).unwrap().fill(&memory).unwrap();
+        file.set_len(0).unwrap();
+
+        let read = |at| memory.read_obj::<[u8; 2]>(GuestAddress(at)).unwrap();
+        assert_eq!(read((2 << 20) + 4095), [0, 7]);
+        assert_eq!(read((4 << 20) - 2), [7, 7]);
+        assert_eq!(read(1 << 32), [7, 7]);
+        assert_eq!(read((1 << 32) + (1 << 20) + 4095), [7, 0]);
     }
 
     #[test]

@@ -9,10 +9,14 @@
 //! devices. The disks and the network device of a template have nothing behind them that matters: the guest has not
 //! looked at them. A parked device has served all that it took from its rings, so a ring's own used index says
 //! where it was, and needs no place in the state.
+//!
+//! A pod's machine can be written down in the same way while it runs ([`save`]), with all that its devices have behind them, and
+//! goes on in another process later.
 
 mod image;
 mod making;
 mod memory;
+mod saving;
 mod serial;
 mod vcpu;
 
@@ -25,6 +29,7 @@ use serde::{Deserialize, Serialize};
 pub use image::Image;
 pub use making::Making;
 pub use memory::Overlay;
+pub use saving::save;
 pub use serial::SerialPort;
 pub use vcpu::{Saver, VcpuState};
 
@@ -47,15 +52,20 @@ pub enum TemplateError {
         source: kvm_ioctls::Error,
     },
     /// The files.
-    #[error("the template's {what} cannot be used: {source}")]
+    #[error("the saved machine's {what} cannot be used: {source}")]
     File {
         /// Which.
         what: &'static str,
         /// What the system said.
         source: io::Error,
     },
+    /// There is nothing to save.
+    #[error("the machine does not run, so it cannot be saved")]
+    NotRunning,
     /// The state is not one, or not of this machine.
-    #[error("the template's state does not fit: {0}; remove the templates, they are made anew")]
+    #[error(
+        "the saved machine's state does not fit: {0}; templates are made anew when they are removed, a snapshot is of no use here"
+    )]
     State(String),
 }
 
@@ -107,7 +117,7 @@ impl MachineState {
     ///
     /// # Errors
     /// [`TemplateError::File`].
-    pub fn write(&self, to: &mut File) -> Result<(), TemplateError> {
+    pub fn write(&self, to: &mut impl io::Write) -> Result<(), TemplateError> {
         serde_json::to_writer(io::BufWriter::new(to), self)
             .map_err(|error| file("state")(error.into()))
     }

@@ -48,16 +48,19 @@ impl Saver {
         })
     }
 
-    /// The state of all, in order.
+    /// The state of all, in order. `serve` serves what is left of an access, and says whether it was one.
     ///
     /// # Errors
     /// [`TemplateError`]; also where a vCPU has more to do than to finish its last access.
-    pub fn save(&mut self) -> Result<Vec<VcpuState>, TemplateError> {
+    pub fn save(
+        &mut self,
+        serve: impl Fn(VcpuExit<'_>) -> bool,
+    ) -> Result<Vec<VcpuState>, TemplateError> {
         let msrs = &self.msrs;
         self.vcpus
             .iter_mut()
             .map(|vcpu| {
-                finish_access(vcpu)?;
+                finish_access(vcpu, &serve)?;
                 VcpuState::of(vcpu, msrs)
             })
             .collect()
@@ -65,16 +68,26 @@ impl Saver {
 }
 
 /// An access that left the guest is complete only when KVM is entered again, and the registers are old until then
-/// (KVM API §5, `KVM_EXIT_MMIO`).
-fn finish_access(vcpu: &mut VcpuFd) -> Result<(), TemplateError> {
+/// (KVM API §5, `KVM_EXIT_MMIO`). One of several parts leaves it again for each.
+fn finish_access(
+    vcpu: &mut VcpuFd,
+    serve: impl Fn(VcpuExit<'_>) -> bool,
+) -> Result<(), TemplateError> {
     vcpu.set_kvm_immediate_exit(1);
-    let left = match vcpu.run() {
-        Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Ok(()),
-        Err(error) => Err(kvm("finish a vCPU's last access")(error)),
-        Ok(VcpuExit::Intr) => Ok(()),
-        Ok(exit) => Err(TemplateError::State(format!(
-            "a vCPU was in the middle of {exit:?}"
-        ))),
+    let left = loop {
+        match vcpu.run() {
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => break Ok(()),
+            Err(error) => break Err(kvm("finish a vCPU's last access")(error)),
+            Ok(VcpuExit::Intr) => break Ok(()),
+            Ok(exit) => {
+                let what = format!("{exit:?}");
+                if !serve(exit) {
+                    break Err(TemplateError::State(format!(
+                        "a vCPU was in the middle of {what}"
+                    )));
+                }
+            }
+        }
     };
     vcpu.set_kvm_immediate_exit(0);
     left

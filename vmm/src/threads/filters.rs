@@ -35,12 +35,14 @@ pub enum Kind {
     Log,
     /// Answers the daemon, or asks the agent.
     Control,
+    /// Writes down a machine that is parked.
+    Save,
     /// Waits for a signal or for the end of another process.
     Watch,
 }
 
 /// Every kind but the starter, whose filter is made of theirs.
-pub const KINDS: [Kind; 12] = [
+pub const KINDS: [Kind; 13] = [
     Kind::Main,
     Kind::Vcpu,
     Kind::Block,
@@ -52,6 +54,7 @@ pub const KINDS: [Kind; 12] = [
     Kind::Console,
     Kind::Log,
     Kind::Control,
+    Kind::Save,
     Kind::Watch,
 ];
 
@@ -229,6 +232,21 @@ const KVM_KVMCLOCK_CTRL: u64 = 0xaead;
 const KVM_GET_REGS: u64 = 0x8090_ae81;
 const TUNSETOFFLOAD: u64 = 0x4004_54d0;
 const FIONBIO: u64 = 0x5421;
+/// What tells all of a machine, and changes nothing but that a vCPU finishes its last access.
+const KVM_SAVE: [u64; 12] = [
+    KVM_RUN,
+    KVM_GET_REGS,
+    0x8004_ae98, // a vCPU's state,
+    0x8138_ae83, // special registers,
+    0x9000_aea4, // extended state
+    0x8188_aea6, // and what turns it on,
+    0x8080_aea1, // debug registers,
+    0x8400_ae8e, // local APIC,
+    0xc008_ae88, // model-specific registers
+    0x8040_ae9f, // and pending events;
+    0xc208_ae62, // the interrupt controllers
+    0x8030_ae7c, // and the clock
+];
 /// Those of vhost-net: what hands rings to the kernel and takes them back. It cannot be made to log, to share a device with
 /// another process, or to translate addresses.
 const VHOST: [u64; 10] = [
@@ -261,7 +279,7 @@ impl Kind {
             Self::Rng | Self::Balloon => &[ALL, EVENTS],
             Self::Vsock => &[ALL, EVENTS, VSOCK],
             Self::Fs => &[ALL, EVENTS, FS],
-            Self::Console => &[ALL],
+            Self::Console | Self::Save => &[ALL],
             Self::Log => &[ALL, LOG],
             Self::Control => &[ALL, CONTROL],
             Self::Watch => &[ALL, WATCH],
@@ -275,6 +293,7 @@ impl Kind {
             Self::Starter => KINDS.iter().flat_map(|kind| kind.ioctls()).collect(),
             Self::Vcpu => vec![KVM_RUN, KVM_KVMCLOCK_CTRL, KVM_GET_REGS, TUNSETOFFLOAD],
             Self::Net => VHOST.to_vec(),
+            Self::Save => KVM_SAVE.to_vec(),
             Self::Vsock | Self::Control | Self::Log => vec![FIONBIO],
             _ => Vec::new(),
         }

@@ -35,6 +35,8 @@ pub enum Content<'a> {
     Nothing,
     /// What a template left in this file, which stays as it is.
     Template(&'a File),
+    /// A copy of what a saved machine left in this file.
+    Copy(&'a File),
 }
 
 /// Why KVM cannot give us a machine.
@@ -297,6 +299,10 @@ fn map(vm: &VmFd, bytes: u64, content: Content<'_>) -> Result<GuestMemoryMmap, K
         Content::Nothing => memory::map(&ranges),
         Content::Template(file) => memory::map(&ranges).and_then(|memory| {
             Overlay::new(file, bytes)?.lay(&memory)?;
+            Ok(memory)
+        }),
+        Content::Copy(file) => memory::map(&ranges).and_then(|memory| {
+            Overlay::new(file, bytes)?.fill(&memory)?;
             Ok(memory)
         }),
     };

@@ -34,9 +34,10 @@ fn machine(code: &[u8]) -> Option<(Machine, std::fs::File)> {
         Console::new(console.try_clone().unwrap(), 100).unwrap(),
     );
     let ending = Ending::new();
+    let saver = vm.saver(&vcpus).unwrap();
     let bus = Arc::new(Bus::new(serial, Vec::new(), Arc::clone(&ending)));
     let vcpus = Vcpus::start(vcpus, &bus, &ending).unwrap();
-    Some((Machine::new(vm, vcpus, bus, ending), console))
+    Some((Machine::new(vm, vcpus, bus, ending, saver), console))
 }
 
 /// `mov dx, port; mov al, value; out dx, al`

@@ -15,30 +15,33 @@ pub use ending::Ending;
 pub use kvm::{Content, KvmError, KvmVm, RestoreError};
 pub use vcpu::Vcpus;
 
-use std::sync::Arc;
-use std::sync::{Mutex, PoisonError};
+use std::io::Write;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use caisson_vmm_protocol::VmState;
+use vm_memory::{GuestMemory, GuestMemoryRegion};
 
-use crate::template::{MachineState, Saver, TemplateError};
+use crate::template::{self, MachineState, Saver, TemplateError};
 
 /// A machine whose vCPUs have been started.
 pub struct Machine {
     vcpus: Vcpus,
     bus: Arc<Bus>,
     ending: Arc<Ending>,
+    saver: Mutex<Saver>,
     state: Mutex<VmState>,
     /// Keeps the VM and the guest's memory for as long as the machine runs.
     vm: KvmVm,
 }
 
 impl Machine {
-    /// A running machine.
-    pub fn new(vm: KvmVm, vcpus: Vcpus, bus: Arc<Bus>, ending: Arc<Ending>) -> Self {
+    /// A running machine, whose vCPUs `saver` can read.
+    pub fn new(vm: KvmVm, vcpus: Vcpus, bus: Arc<Bus>, ending: Arc<Ending>, saver: Saver) -> Self {
         Self {
             vcpus,
             bus,
             ending,
+            saver: Mutex::new(saver),
             state: Mutex::new(VmState::Running),
             vm,
         }
@@ -81,11 +84,37 @@ impl Machine {
     ///
     /// # Errors
     /// [`TemplateError`].
-    pub fn save(&self, saver: &mut Saver) -> Result<MachineState, TemplateError> {
+    pub fn save(&self) -> Result<MachineState, TemplateError> {
         self.pause();
-        let vcpus = saver.save()?;
+        let mut saver = self.saver.lock().unwrap_or_else(PoisonError::into_inner);
+        let vcpus = saver.save(|exit| vcpu::serve(exit, &self.bus))?;
         let (serial, windows) = self.bus.save();
         Ok(MachineState::new(vcpus, self.vm.save()?, serial, windows))
+    }
+
+    /// Parks the machine and writes all of it (see [`template::save`]). It stays parked; where it cannot be written, it goes
+    /// on.
+    ///
+    /// # Errors
+    /// [`TemplateError`]; also for a machine that does not run.
+    pub fn write(&self, to: &mut impl Write) -> Result<(), TemplateError> {
+        if self.state() != VmState::Running {
+            return Err(TemplateError::NotRunning);
+        }
+        let written = self
+            .save()
+            .and_then(|state| template::save(self.vm.memory(), &state, to));
+        if written.is_err() {
+            self.resume();
+        }
+        written
+    }
+
+    /// The number of vCPUs, and MiB of memory.
+    pub fn size(&self) -> (u8, u32) {
+        // Both were checked when the machine was made.
+        let bytes: u64 = self.vm.memory().iter().map(|region| region.len()).sum();
+        (self.vcpus.count() as u8, (bytes >> 20) as u32)
     }
 
     /// Ends the vCPUs and the devices, after the machine's end was told.

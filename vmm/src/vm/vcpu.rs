@@ -108,6 +108,11 @@ impl Vcpus {
         Ok(vcpus)
     }
 
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.threads.len()
+    }
+
     /// Parks all vCPUs and returns when none is in the guest.
     pub fn pause(&self) {
         self.order(Order::Park, None, |state| state.parked);
@@ -183,10 +188,14 @@ fn run(index: usize, mut vcpu: VcpuFd, gate: &Gate, bus: &Bus, ending: &Ending) 
 fn enter(index: usize, vcpu: &mut VcpuFd, bus: &Bus) -> Option<ExitReason> {
     let failed = |what: String| Some(ExitReason::InternalError(format!("vCPU {index} {what}")));
     match vcpu.run() {
-        Ok(VcpuExit::IoIn(port, data)) => bus.port_read(port, data),
-        Ok(VcpuExit::IoOut(port, data)) => bus.port_write(port, data),
-        Ok(VcpuExit::MmioRead(address, data)) => bus.memory_read(address, data),
-        Ok(VcpuExit::MmioWrite(address, data)) => bus.memory_write(address, data),
+        Ok(
+            access @ (VcpuExit::IoIn(..)
+            | VcpuExit::IoOut(..)
+            | VcpuExit::MmioRead(..)
+            | VcpuExit::MmioWrite(..)),
+        ) => {
+            serve(access, bus);
+        }
         Ok(VcpuExit::Hlt | VcpuExit::Intr | VcpuExit::IrqWindowOpen) => {}
         // A triple fault: what a PC answers with a reset.
         Ok(VcpuExit::Shutdown | VcpuExit::SystemEvent(SYSTEM_RESET, _)) => {
@@ -209,6 +218,18 @@ fn enter(index: usize, vcpu: &mut VcpuFd, bus: &Bus) -> Option<ExitReason> {
         Err(error) => return failed(format!("cannot run: {error}")),
     }
     None
+}
+
+/// Serves an access of the guest. False for any other exit.
+pub fn serve(exit: VcpuExit<'_>, bus: &Bus) -> bool {
+    match exit {
+        VcpuExit::IoIn(port, data) => bus.port_read(port, data),
+        VcpuExit::IoOut(port, data) => bus.port_write(port, data),
+        VcpuExit::MmioRead(address, data) => bus.memory_read(address, data),
+        VcpuExit::MmioWrite(address, data) => bus.memory_write(address, data),
+        _ => return false,
+    }
+    true
 }
 
 /// What KVM says of an internal error, and where the guest was.

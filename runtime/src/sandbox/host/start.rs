@@ -209,6 +209,7 @@ fn join(
         socket,
         &Request::Join(Box::new(request)),
         &fds.0,
+        (),
         AGENT_TIMEOUT,
     ) {
         Ok(Reply::Done) => {
@@ -216,9 +217,7 @@ fn join(
             Ok(())
         }
         Ok(Reply::Error { message }) => Err(io::Error::other(message)),
-        Ok(Reply::Status(_) | Reply::LayerPlace { .. }) => {
-            Err(io::Error::other(control::ControlError::Confused))
-        }
+        Ok(_) => Err(io::Error::other(control::ControlError::Confused)),
         Err(error) => Err(io::Error::other(format!(
             "{error}; caisson-vmm said: {}",
             dir.vmm_tail().trim()

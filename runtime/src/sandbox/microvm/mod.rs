@@ -7,6 +7,7 @@
 //! * a cgroup with the pod process ([`cgroup`]).
 
 mod namespace;
+mod restore;
 mod share;
 mod start;
 mod template;
@@ -29,6 +30,7 @@ use caisson_vmm_protocol::RateLimit;
 
 use crate::config::VhostNet;
 use crate::timings::Timings;
+pub use restore::{Saved, layer_name, stay};
 use share::Share;
 pub use template::{Shape, Template, Templates};
 use tree::Tree;
@@ -121,17 +123,14 @@ impl Sandbox for MicroVm {
             path: layer.to_owned(),
             cause,
         };
-        let name = layer
-            .file_name()
-            .and_then(|name| name.to_str())
-            .ok_or_else(|| error("its name is not text".into()))?;
+        let name = layer_name(layer).map_err(|cause| error(cause.to_string()))?;
         let file = tokio::fs::File::open(layer)
             .await
             .map_err(|cause| error(cause.to_string()))?;
         let place = self
             .pod
             .control
-            .add_layer(name, file.into_std().await.into());
+            .add_layer(&name, file.into_std().await.into());
         let (offset, bytes) = place.await.map_err(|cause| error(cause.to_string()))?;
         Ok(proto::Layer {
             source: Some(proto::layer::Source::Disk(proto::DiskRange {

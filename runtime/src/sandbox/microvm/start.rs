@@ -9,8 +9,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use caisson_proto::agent as proto;
 use caisson_vmm_protocol::{
-    DiskConfig, ExitReason, JailConfig, NetConfig, PROTOCOL_VERSION, Reply, Request, ShareConfig,
-    TemplateConfig, VmConfig, VsockConfig,
+    DiskConfig, ExitReason, JailConfig, NetConfig, PROTOCOL_VERSION, PlacedLayer, Reply, Request,
+    ShareConfig, TemplateConfig, VmConfig, VsockConfig,
 };
 
 use super::share::{GUEST_PATH, Share};
@@ -251,7 +251,7 @@ impl MicroVm {
     }
 
     /// Adds the pod process's own steps to the pod's.
-    async fn note_spans(&self, began: Duration) {
+    pub(super) async fn note_spans(&self, began: Duration) {
         let Ok(status) = self.pod.control.status().await else {
             return;
         };
@@ -313,8 +313,10 @@ pub struct Machine {
     pub user: u32,
     /// Its network device.
     pub nets: Vec<NetConfig>,
-    /// What it has to do with a template.
+    /// What it has to do with a template, or with a machine that was saved.
     pub template: Option<TemplateConfig>,
+    /// The layers that are on its disk of layers from the start.
+    pub placed_layers: Vec<PlacedLayer>,
     /// The network namespace of its process; `None`: an empty one.
     pub netns: Option<PathBuf>,
     /// The cgroup above its own; empty: the daemon's default.
@@ -341,6 +343,7 @@ fn machine(
         user: plan.user,
         nets: taps.map(|tap| net(tap.as_ref(), vhost, fds)).collect(),
         template: template.map(|template| template.lend(fds)),
+        placed_layers: Vec::new(),
         netns: plan.port.as_ref().map(|port| port.netns.clone()),
         cgroup_parent: plan.cgroup_parent.clone(),
         share_root: parts.share_root,
@@ -403,6 +406,7 @@ pub async fn boot(
             })
             .collect(),
         layers: Some(LAYERS_SERIAL.into()),
+        placed_layers: machine.placed_layers,
         nets: machine.nets,
         disk_rate: config.disk_rate,
         net_rate: config.net_rate,
@@ -427,7 +431,7 @@ pub async fn boot(
         let socket = process::start(&config.vmm, &dir, netns.as_deref(), |pid| {
             cgroup::place(&dir, &config, &parent, pid, needs)
         })?;
-        let reply = control::exchange(socket, &Request::Boot(Box::new(vm)), &fds.0, limit);
+        let reply = control::exchange(socket, &Request::Boot(Box::new(vm)), &fds.0, (), limit);
         // The descriptors are lent until the pod process has its own.
         drop((
             kvm, kernel, initramfs, console, exit_file, share_root, scratch,
@@ -442,9 +446,7 @@ pub async fn boot(
             Ok(())
         }
         Reply::Error { message } => Err(io::Error::other(message)),
-        Reply::Status(_) | Reply::LayerPlace { .. } => {
-            Err(io::Error::other(control::ControlError::Confused))
-        }
+        _ => Err(io::Error::other(control::ControlError::Confused)),
     }
 }
 
@@ -477,7 +479,7 @@ fn died(dir: &PodDir, error: &control::ControlError) -> io::Error {
     }
 }
 
-async fn wait_for_agent(control: &Control, dir: &PodDir, limit: Duration) -> io::Result<()> {
+pub async fn wait_for_agent(control: &Control, dir: &PodDir, limit: Duration) -> io::Result<()> {
     if control.agent_ready(limit).await {
         return Ok(());
     }
@@ -501,23 +503,28 @@ async fn wait_for_agent(control: &Control, dir: &PodDir, limit: Duration) -> io:
 }
 
 async fn set_up(vm: &MicroVm, plan: &SandboxPlan, network: Option<&PodNetwork>) -> io::Result<()> {
+    agent::set_up(vm.agent(), request(plan, network, MAC)?).await
+}
+
+/// What the agent is told of the pod. `current_mac` is what its network device has until then.
+pub fn request(
+    plan: &SandboxPlan,
+    network: Option<&PodNetwork>,
+    current_mac: &str,
+) -> io::Result<proto::SetupSandboxRequest> {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_err(io::Error::other)?;
     let mut entropy = vec![0; ENTROPY];
     rand::RngCore::fill_bytes(&mut rand::rng(), &mut entropy);
-    let request = proto::SetupSandboxRequest {
+    Ok(proto::SetupSandboxRequest {
         hostname: plan.hostname.clone(),
         dns_servers: plan.dns.servers.clone(),
         dns_searches: plan.dns.searches.clone(),
         dns_options: plan.dns.options.clone(),
-        interfaces: agent::interfaces(network, MAC),
+        interfaces: agent::interfaces(network, current_mac),
         routes: routes(network),
-        shared_mounts: vec![proto::SharedMount {
-            tag: SHARE_TAG.into(),
-            path: GUEST_PATH.into(),
-            read_only: false,
-        }],
+        shared_mounts: shared_mounts(),
         scratch: Some(match plan.scratch {
             Scratch::Disk { .. } => proto::Scratch {
                 disk_serial: SCRATCH_SERIAL.into(),
@@ -533,8 +540,16 @@ async fn set_up(vm: &MicroVm, plan: &SandboxPlan, network: Option<&PodNetwork>) 
         entropy,
         shared_pid_namespace: plan.shared_pid_namespace,
         user_namespace: agent::user_namespace(plan.ids.as_ref()),
-    };
-    agent::set_up(vm.agent(), request).await
+    })
+}
+
+/// What the host shares with a guest.
+pub fn shared_mounts() -> Vec<proto::SharedMount> {
+    vec![proto::SharedMount {
+        tag: SHARE_TAG.into(),
+        path: GUEST_PATH.into(),
+        read_only: false,
+    }]
 }
 
 /// The routes as the agent is told them.

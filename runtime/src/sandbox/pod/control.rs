@@ -8,7 +8,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use caisson_vmm_protocol::{
-    Channel, ChannelError, Event, ExitReason, FdIndex, PROTOCOL_VERSION, Reply, Request, VmStatus,
+    Channel, ChannelError, Event, ExitReason, FdIndex, PROTOCOL_VERSION, Reply, Request,
+    SavedMachine, VmStatus,
 };
 use tokio::sync::{oneshot, watch};
 
@@ -18,6 +19,8 @@ use super::{cgroup, process};
 
 /// How long a pod process that is at work may take to do what it is asked.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long it may take to write its machine, to a disk perhaps that others use.
+const SAVE_TIMEOUT: Duration = Duration::from_secs(30 * 60);
 /// How long it may take to answer what costs it nothing.
 const PROMPT: Duration = Duration::from_secs(3);
 /// The pause before a pod process that did not let itself be watched is asked again.
@@ -152,7 +155,7 @@ impl Control {
         match self.exchange(request, fds, held).await? {
             Reply::Done => Ok(()),
             Reply::Error { message } => Err(ControlError::Refused(message)),
-            Reply::Status(_) | Reply::LayerPlace { .. } => Err(ControlError::Confused),
+            _ => Err(ControlError::Confused),
         }
     }
 
@@ -166,7 +169,21 @@ impl Control {
         match self.exchange(request, fds, [Some(file)]).await? {
             Reply::LayerPlace { offset, bytes } => Ok((offset, bytes)),
             Reply::Error { message } => Err(ControlError::Refused(message)),
-            Reply::Done | Reply::Status(_) => Err(ControlError::Confused),
+            _ => Err(ControlError::Confused),
+        }
+    }
+
+    /// Has the machine written to `to`, which somebody has to read meanwhile; it is parked afterwards ([`Request::Save`]).
+    pub async fn save(&self, to: OwnedFd) -> Result<SavedMachine, ControlError> {
+        let request = Request::Save { to: FdIndex(0) };
+        let fds = vec![to.as_raw_fd()];
+        match self
+            .exchange_within(SAVE_TIMEOUT, request, fds, [Some(to)])
+            .await?
+        {
+            Reply::Saved(machine) => Ok(machine),
+            Reply::Error { message } => Err(ControlError::Refused(message)),
+            _ => Err(ControlError::Confused),
         }
     }
 
@@ -184,13 +201,19 @@ impl Control {
         fds: Vec<RawFd>,
         held: [Option<OwnedFd>; N],
     ) -> Result<Reply, ControlError> {
+        self.exchange_within(REPLY_TIMEOUT, request, fds, held)
+            .await
+    }
+
+    async fn exchange_within<const N: usize>(
+        &self,
+        limit: Duration,
+        request: Request,
+        fds: Vec<RawFd>,
+        held: [Option<OwnedFd>; N],
+    ) -> Result<Reply, ControlError> {
         let socket = self.socket.clone();
-        let work = move || {
-            let stream = UnixStream::connect(socket)?;
-            let reply = exchange(stream, &request, &fds, REPLY_TIMEOUT);
-            drop(held);
-            reply
-        };
+        let work = move || exchange(UnixStream::connect(socket)?, &request, &fds, held, limit);
         tokio::task::spawn_blocking(work)
             .await
             .map_err(io::Error::from)?
@@ -218,21 +241,24 @@ impl Ping {
     }
 }
 
-/// Sends one request and takes its answer, for which `limit` is left.
+/// Sends one request and takes its answer, for which there is `limit`. `held` are owners of `fds`.
 ///
 /// # Errors
 /// [`ControlError::Late`]; the connection's.
-pub fn exchange(
+pub fn exchange<T>(
     stream: UnixStream,
     request: &Request,
     fds: &[RawFd],
+    held: T,
     limit: Duration,
 ) -> Result<Reply, ControlError> {
     stream.set_read_timeout(Some(limit))?;
     stream.set_write_timeout(Some(limit))?;
     let mut channel = Channel::new(stream);
-    let answer = channel.send(request, fds).and_then(|()| channel.recv());
-    match answer {
+    let sent = channel.send(request, fds);
+    // They are on their way, and who reads from another end waits for the last of them.
+    drop(held);
+    match sent.and_then(|()| channel.recv()) {
         Ok(frame) => Ok(frame.message),
         // What Linux says when a socket's time-out is over.
         Err(ChannelError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {

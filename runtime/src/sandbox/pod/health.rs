@@ -98,6 +98,10 @@ impl Asker {
             match tokio::time::timeout(PORTION, &mut answer).await {
                 Ok(Ok(_)) => return note(pod, Health::Well),
                 Ok(Err(reason)) => return note(pod, Health::Silent(reason)),
+                Err(_) if pod.resting.load(Ordering::Relaxed) => {
+                    patience = Patience::new();
+                    continue;
+                }
                 Err(_) => {}
             }
             let waited = pod.pid().map(process::waited_for_cpu);

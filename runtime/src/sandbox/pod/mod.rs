@@ -13,6 +13,7 @@ pub mod scratch;
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use caisson_proto::agent::agent_client::AgentClient;
@@ -53,6 +54,7 @@ pub struct PodProcess {
     /// Its control socket.
     pub control: Control,
     health: watch::Sender<Health>,
+    resting: AtomicBool,
     address: Address,
     client: AgentClient<Channel>,
 }
@@ -65,6 +67,7 @@ impl PodProcess {
             control: Control::watch(id, &dir).await,
             dir,
             health: watch::Sender::default(),
+            resting: AtomicBool::new(false),
             client: agent::client(address.clone()),
             address,
         }
@@ -92,6 +95,11 @@ impl PodProcess {
     /// How it does, once [`health::tend`] asks.
     pub fn health(&self) -> watch::Receiver<Health> {
         self.health.subscribe()
+    }
+
+    /// Says that the pod does not answer because its machine is parked, which is no silence; or that it goes on.
+    pub fn rest(&self, resting: bool) {
+        self.resting.store(resting, Ordering::Relaxed);
     }
 
     /// Its process ID.

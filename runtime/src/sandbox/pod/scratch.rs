@@ -3,14 +3,20 @@
 
 use std::fs;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use nix::errno::Errno;
 use nix::unistd::{Whence, lseek64};
 
 /// The smallest scratch disk: below it an ext4 file system is mostly its own tables.
 const MIN_BYTES: u64 = 16 << 20;
+
+/// Bytes copied at a time, where this process has to.
+const BUFFER: usize = 1 << 20;
 
 /// The size of a scratch disk for so many bytes.
 pub fn size(bytes: u64) -> u64 {
@@ -68,7 +74,10 @@ fn make_file_system(disk: &Path) -> io::Result<()> {
 }
 
 /// Copies a file's data and leaves its holes holes.
-fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
+///
+/// # Errors
+/// What the system says.
+pub fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
     let source = fs::File::open(from)?;
     let target = fs::File::create(to)?;
     let length = source.metadata()?.len();
@@ -77,32 +86,53 @@ fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
     loop {
         let start = match lseek64(source.as_fd(), at, Whence::SeekData) {
             Ok(start) => start,
-            Err(nix::errno::Errno::ENXIO) => return Ok(()),
+            Err(Errno::ENXIO) => return Ok(()),
             Err(e) => return Err(e.into()),
         };
         let end = lseek64(source.as_fd(), start, Whence::SeekHole)?;
-        let (mut read, mut write) = (start, start);
-        while read < end {
-            let left = usize::try_from(end - read).map_err(io::Error::other)?;
-            let n = nix::fcntl::copy_file_range(
-                source.as_fd(),
-                Some(&mut read),
-                target.as_fd(),
-                Some(&mut write),
-                left,
-            )?;
-            if n == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-        }
+        copy_range(&source, &target, start as u64..end as u64)?;
         at = end;
     }
+}
+
+/// The kernel copies where it can, which may cost nothing; not from one kind of file system to another.
+fn copy_range(source: &fs::File, target: &fs::File, range: Range<u64>) -> io::Result<()> {
+    let (mut read, mut write) = (range.start as i64, range.start as i64);
+    while (read as u64) < range.end {
+        let left = usize::try_from(range.end - read as u64).map_err(io::Error::other)?;
+        let copied = nix::fcntl::copy_file_range(
+            source.as_fd(),
+            Some(&mut read),
+            target.as_fd(),
+            Some(&mut write),
+            left,
+        );
+        match copied {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(_) => {}
+            Err(Errno::EXDEV | Errno::EINVAL | Errno::EOPNOTSUPP | Errno::ENOSYS) => {
+                return copy_bytes(source, target, read as u64..range.end);
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+fn copy_bytes(source: &fs::File, target: &fs::File, range: Range<u64>) -> io::Result<()> {
+    let mut buffer = vec![0; BUFFER];
+    for at in range.clone().step_by(BUFFER) {
+        let count = (range.end - at).min(BUFFER as u64) as usize;
+        source.read_exact_at(&mut buffer[..count], at)?;
+        target.write_all_at(&buffer[..count], at)?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::{FileExt, MetadataExt};
+    use std::os::unix::fs::MetadataExt;
 
     #[test]
     fn holes_stay_holes() {
@@ -113,6 +143,9 @@ mod tests {
         file.write_all_at(b"head", 0).unwrap();
         file.write_all_at(b"tail", (32 << 20) + 5).unwrap();
         copy_sparse(&from, &to).unwrap();
+        let again = fs::File::create(dir.path().join("c")).unwrap();
+        copy_bytes(&fs::File::open(&to).unwrap(), &again, 0..(33 << 20)).unwrap();
+        assert_eq!(again.metadata().unwrap().len(), 33 << 20);
         let copy = fs::File::open(&to).unwrap();
         let mut four = [0; 4];
         copy.read_exact_at(&mut four, (32 << 20) + 5).unwrap();

@@ -32,6 +32,9 @@ pub enum LayerError {
     /// It is no regular file, or an empty one.
     #[error("the layer {0} is not a regular file with content: pull its image again")]
     NotAFile(String),
+    /// A place that it is to have again cannot be one.
+    #[error("the layer {0} cannot be at byte {1}: another one is there, or none ever was")]
+    Place(String, u64),
     /// There is no place left.
     #[error(
         "the layer {name} cannot be given to the pod, which has {count} already; use another pod"
@@ -71,6 +74,32 @@ impl Layers {
     /// # Errors
     /// [`LayerError`].
     pub fn add(&self, name: &str, file: OwnedFd) -> Result<Range<u64>, LayerError> {
+        self.place(name, file, None)
+    }
+
+    /// Gives a layer this place, behind all that are there.
+    ///
+    /// # Errors
+    /// [`LayerError`].
+    pub fn put(&self, name: &str, file: OwnedFd, offset: u64) -> Result<Range<u64>, LayerError> {
+        self.place(name, file, Some(offset))
+    }
+
+    /// The layers' names and places, in the order of these.
+    pub fn places(&self) -> Vec<(String, Range<u64>)> {
+        let layers = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        layers
+            .iter()
+            .map(|layer| (layer.name.to_string(), layer.place.clone()))
+            .collect()
+    }
+
+    fn place(
+        &self,
+        name: &str,
+        file: OwnedFd,
+        offset: Option<u64>,
+    ) -> Result<Range<u64>, LayerError> {
         if name.is_empty() || name.len() > MAX_NAME {
             return Err(LayerError::Name(name.len()));
         }
@@ -87,9 +116,14 @@ impl Layers {
         if let Some(known) = layers.iter().find(|layer| &*layer.name == name) {
             return Ok(known.place.clone());
         }
-        let start = layers
+        let next = layers
             .last()
             .map_or(ALIGNMENT, |last| last.place.end.next_multiple_of(ALIGNMENT));
+        let start = match offset {
+            None => next,
+            Some(at) if at >= next && at.is_multiple_of(ALIGNMENT) => at,
+            Some(at) => return Err(LayerError::Place(name.to_owned(), at)),
+        };
         let end = meta
             .len()
             .checked_next_multiple_of(SECTOR)
@@ -183,6 +217,22 @@ mod tests {
         assert_eq!(read(&layers, b.end - 512, 1024), expected);
         assert_eq!(read(&layers, CAPACITY - 4096, 4096), vec![0; 4096]);
         assert_eq!(read(&layers, 0, 0), Vec::<u8>::new());
+    }
+
+    #[test]
+    fn layers_get_their_places_again() {
+        let layers = Layers::default();
+        // Of the one before it nothing is left.
+        layers.put("b", file(&[2; 600]), 3 * ALIGNMENT).unwrap();
+        for taken in [0, ALIGNMENT, 3 * ALIGNMENT, 4 * ALIGNMENT + 512] {
+            assert!(layers.put("c", file(&[3; 9]), taken).is_err(), "{taken}");
+        }
+        layers.add("c", file(&[3; 512])).unwrap();
+        assert_eq!(read(&layers, ALIGNMENT, 64), vec![0; 64]);
+        assert_eq!(read(&layers, 3 * ALIGNMENT, 64), vec![2; 64]);
+        let b = ("b".to_owned(), 3 * ALIGNMENT..3 * ALIGNMENT + 1024);
+        let c = ("c".to_owned(), 4 * ALIGNMENT..4 * ALIGNMENT + 512);
+        assert_eq!(layers.places(), [b, c]);
     }
 
     #[test]

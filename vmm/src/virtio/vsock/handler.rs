@@ -8,6 +8,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::NAME;
+use super::farewell::Farewell;
 use super::muxer::Muxer;
 use super::receive::ReceiveRing;
 use crate::virtio::queue::{BUDGET, Ring, Used};
@@ -17,6 +18,7 @@ use crate::virtio::{DeviceError, Memory};
 const RECEIVE: u64 = 0;
 const TRANSMIT: u64 = 1;
 const AGAIN: u64 = 2;
+const EVENTS: u64 = 3;
 
 /// How long a device that stops waits for readers of what the guest has sent.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -26,6 +28,8 @@ pub struct VsockHandler {
     memory: Memory,
     receive: Ring,
     transmit: Ring,
+    /// What comes before all else, where the guest has connections of an earlier device.
+    farewell: Option<Farewell>,
     /// Signalled by ourselves where a pass ended before the work did.
     again: EventFd,
     /// The connections.
@@ -45,9 +49,15 @@ impl VsockHandler {
             memory,
             receive,
             transmit,
+            farewell: None,
             again,
             muxer,
         }
+    }
+
+    /// The same, which first tells the guest that its connections are gone.
+    pub fn after(self, farewell: Option<Farewell>) -> Self {
+        Self { farewell, ..self }
     }
 
     /// Takes the guest's packets. True if some are left for the next pass.
@@ -96,6 +106,11 @@ impl VsockHandler {
     }
 
     fn serve(&mut self) -> Result<(), DeviceError> {
+        if let Some(farewell) = &mut self.farewell
+            && !farewell.go_on(&self.memory.memory())?
+        {
+            return Ok(());
+        }
         let more = self.serve_transmit()?;
         let more = self.serve_receive()? || more;
         let guard = self.memory.memory();
@@ -133,6 +148,13 @@ impl Handler for VsockHandler {
                     source,
                 })?;
         }
+        if let Some(farewell) = &self.farewell {
+            poll.add(farewell.events().notify_fd(), EVENTS, EventSet::IN)
+                .map_err(|source| DeviceError::Host {
+                    device: NAME,
+                    source,
+                })?;
+        }
         self.muxer.start(poll)?;
         // The driver may have sent before we listened.
         self.serve()
@@ -144,6 +166,11 @@ impl Handler for VsockHandler {
             TRANSMIT => self.transmit.take_notification(),
             AGAIN => {
                 let _ = self.again.read();
+            }
+            EVENTS => {
+                if let Some(farewell) = &self.farewell {
+                    farewell.events().take_notification();
+                }
             }
             _ => self.muxer.handle(token, ready, poll),
         }

@@ -11,6 +11,7 @@
 
 mod connection;
 mod connector;
+mod farewell;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod handler;
@@ -41,6 +42,7 @@ pub use connector::VsockConnector;
 pub use muxer::{Knock, KnockCallback, MAX_CONNECTIONS};
 
 use connector::Requests;
+use farewell::Farewell;
 use handler::VsockHandler;
 use muxer::Muxer;
 
@@ -77,6 +79,8 @@ pub struct Vsock {
     /// Here while the device is not active; the worker has it otherwise.
     muxer: Option<Muxer>,
     worker: Option<Worker<Muxer>>,
+    /// The guest has connections of an earlier device.
+    anew: bool,
 }
 
 impl Vsock {
@@ -100,7 +104,16 @@ impl Vsock {
             requests,
             muxer: Some(muxer),
             worker: None,
+            anew: false,
         })
+    }
+
+    /// Has the guest hear, once the device is active, that the connections which it has are gone. To be called before.
+    pub fn begin_anew(&mut self) {
+        self.anew = true;
+        if let Some(muxer) = &mut self.muxer {
+            muxer.use_other_ports();
+        }
     }
 
     /// Opens connections to the guest from inside this process.
@@ -166,7 +179,11 @@ impl VirtioDevice for Vsock {
                 "it is active already, or its worker did not come back",
             ))
         })?;
-        let handler = VsockHandler::new(memory, receive, transmit, again, muxer);
+        let farewell = rings
+            .next()
+            .filter(|_| std::mem::take(&mut self.anew))
+            .map(Farewell::new);
+        let handler = VsockHandler::new(memory, receive, transmit, again, muxer).after(farewell);
         let worker =
             Worker::spawn(Kind::Vsock, NAME, handler, failure).map_err(Self::host_error)?;
         self.worker = Some(worker);

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use caisson_vmm_protocol::{READY_PORT, SETTLED_PORT};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -107,6 +107,14 @@ impl Muxer {
             last_handshake: 0,
             scratch: vec![0; MAX_PAYLOAD as usize],
         })
+    }
+
+    /// Gives out other ports than an earlier device, so that what the guest still has to say of its connections is not taken
+    /// for what it says of ours.
+    pub fn use_other_ports(&mut self) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        // Less than 2³⁰ of them.
+        self.last_port = FIRST_PORT + now.unwrap_or_default().subsec_nanos();
     }
 
     /// Begins to listen.

@@ -33,7 +33,7 @@ pub struct Guest {
     pub memory: Memory,
     pub receive: Driver,
     pub transmit: Driver,
-    event: Driver,
+    pub event: Driver,
     pub failures: Option<mpsc::Receiver<String>>,
     directory: tempfile::TempDir,
     /// How often the guest was found ready.

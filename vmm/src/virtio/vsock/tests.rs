@@ -10,7 +10,7 @@ use caisson_vmm_protocol::{READY_PORT, SETTLED_PORT};
 use super::packet::{Header, MAX_PAYLOAD, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, op};
 use super::testing::{CID, Guest, LONG, MOMENT, Peer, noise, read_all};
 use super::{MAX_CONNECTIONS, Vsock, VsockError};
-use crate::virtio::testing::wait_until;
+use crate::virtio::testing::{Desc, wait_until};
 use crate::virtio::{DeviceError, VirtioDevice};
 
 #[test]
@@ -43,6 +43,32 @@ fn bytes_pass_both_ways_and_each_direction_ends_by_itself() {
     peer.say(op::RST, 0);
     guest.flush();
     guest.expect_silence();
+}
+
+#[test]
+fn a_restored_guest_hears_that_its_connections_are_gone_before_it_is_asked_for_others() {
+    const BUFFER: u64 = 0x9_0000;
+    let mut guest = Guest::asleep();
+    guest.device.begin_anew();
+    guest.wake();
+    guest.post_all();
+    let connector = guest.connector();
+    let connected = std::thread::spawn(move || connector.connect(1025, LONG).is_ok());
+    assert!(guest.packet(MOMENT).is_none(), "it has no event buffers");
+    for number in 0..3 {
+        guest.event.add(&[Desc::write(BUFFER + number * 8, 4)]);
+    }
+    guest.event.notify();
+    wait_until("an event", || guest.event.used_index() == 1);
+    let (head, length) = guest.event.last_used(1)[0];
+    assert_eq!((head, length), (0, 4));
+    assert_eq!(guest.event.bytes(BUFFER, 4), [0; 4]);
+    assert!(guest.packet(MOMENT).is_none(), "it has not heard");
+    guest.event.make_available(0);
+    guest.event.notify();
+    guest.accept(1025);
+    assert!(connected.join().unwrap());
+    assert_eq!(guest.event.used_index(), 1);
 }
 
 #[test]

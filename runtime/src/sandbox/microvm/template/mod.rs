@@ -282,6 +282,7 @@ impl Templates {
             user: self.user,
             nets,
             template: Some(template),
+            placed_layers: Vec::new(),
             netns: None,
             cgroup_parent: String::new(),
             share_root,
