@@ -17,6 +17,7 @@ pub mod mounts;
 pub mod network;
 pub mod sandbox;
 pub mod session;
+pub mod snapshot;
 pub mod steps;
 pub mod store;
 pub mod streaming;

@@ -121,6 +121,28 @@ steps! {
         /// The record says that the pod is stopped; the client does not know.
         StopPodSaved,
     }
+    /// Snapshot.
+    SNAPSHOT {
+        /// The directory is there.
+        SnapshotBegun,
+        /// The containers are frozen, and their output is let go of.
+        PodStandsStill,
+        /// The machine is parked, and written.
+        MachineWritten,
+        /// The manifest is there; the pod stands still.
+        SnapshotWritten,
+        /// The record says that the pod is being removed.
+        SnapshotPodEnds,
+    }
+    /// Restore.
+    RESTORE {
+        /// The pod's name is reserved.
+        RestoreRecorded,
+        /// The containers go on; nothing of their output is read.
+        PodRestored,
+        /// The records say so; the client does not know.
+        RestoreSaved,
+    }
     /// RemovePodSandbox, of a pod that has containers.
     REMOVE_POD {
         /// The record says that the pod is being removed.

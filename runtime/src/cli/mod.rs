@@ -14,6 +14,7 @@ mod options;
 mod pods;
 mod run;
 mod session;
+mod snapshot;
 mod stats;
 mod store;
 mod table;
@@ -80,6 +81,10 @@ enum Command {
     Prune(store::PruneArgs),
     /// Show all that is known of pods, containers or images, as JSON.
     Inspect(inspect::InspectArgs),
+    /// Write a running pod, its memory and its files, to a directory, and end it.
+    Snapshot(snapshot::SnapshotArgs),
+    /// Let a pod go on that was written to a directory.
+    Restore(snapshot::RestoreArgs),
     /// Show how long each step of a pod's start took.
     Timeline(timeline::TimelineArgs),
     /// Say whether this machine can run microVM pods, and what is missing; or how a pod is confined.
@@ -172,6 +177,8 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, CliError> {
         Command::Save(args) => store::save(&connect()?, args).await,
         Command::Prune(args) => store::prune(&connect()?, args).await,
         Command::Inspect(args) => inspect::inspect(&connect()?, args).await,
+        Command::Snapshot(args) => snapshot::snapshot(&connect()?, args).await,
+        Command::Restore(args) => snapshot::restore(&connect()?, args).await,
         Command::Timeline(args) => timeline::timeline(&connect()?, args).await,
         Command::Doctor(DoctorArgs { pod: Some(pod), .. }) => {
             inspect::doctor(&connect()?, &pod).await

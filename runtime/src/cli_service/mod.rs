@@ -4,6 +4,7 @@ mod images;
 mod streams;
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use caisson_proto::cli;
@@ -14,7 +15,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::codegen::BoxStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::cri::{Context, CriError, detached};
+use crate::cri::{Context, CriError, detached, pods};
 use crate::sandbox::pod::memory::HostMemory;
 
 type Answer<T> = Result<Response<T>, Status>;
@@ -47,6 +48,18 @@ async fn first(requests: &mut Streaming<cli::StreamRequest>) -> Result<cli::Stre
     {
         Some(Message::Start(start)) => Ok(start),
         _ => Err(CriError::invalid("the first message of the stream is not `start`").into()),
+    }
+}
+
+/// A path of the daemon's host.
+fn absolute(path: &str) -> Result<PathBuf, CriError> {
+    let path = PathBuf::from(path);
+    match path.is_absolute() {
+        true => Ok(path),
+        false => Err(CriError::invalid(format!(
+            "the path {} is not absolute",
+            path.display()
+        ))),
     }
 }
 
@@ -127,6 +140,26 @@ impl Cli for Service {
                     step: step.name,
                 })
                 .collect(),
+        }))
+    }
+
+    async fn snapshot(
+        &self,
+        request: Request<cli::SnapshotRequest>,
+    ) -> Answer<cli::SnapshotResponse> {
+        let request = request.into_inner();
+        let pod = self.context.registry.pod(&request.pod_sandbox_id)?;
+        let (context, dir) = (self.context.clone(), absolute(&request.path)?);
+        let leave = request.leave_running;
+        detached(async move { pods::snapshot(&context, &pod, dir, leave).await }).await?;
+        Ok(Response::new(cli::SnapshotResponse {}))
+    }
+
+    async fn restore(&self, request: Request<cli::RestoreRequest>) -> Answer<cli::RestoreResponse> {
+        let (context, dir) = (self.context.clone(), absolute(&request.get_ref().path)?);
+        let restored = detached(async move { pods::restore(&context, dir).await });
+        Ok(Response::new(cli::RestoreResponse {
+            pod_sandbox_id: restored.await?,
         }))
     }
 

@@ -5,6 +5,7 @@ use tonic::{Code, Status};
 
 use crate::network::NetworkError;
 use crate::sandbox::SandboxError;
+use crate::snapshot::SnapshotError;
 use crate::store::StoreError;
 
 /// The most bytes of a sentence that came out of a guest.
@@ -132,6 +133,17 @@ impl From<NetworkError> for CriError {
         let code = match &error {
             NetworkError::NotConfigured(_) => Code::FailedPrecondition,
             _ => Code::Internal,
+        };
+        Self::new(code, error.to_string())
+    }
+}
+
+impl From<SnapshotError> for CriError {
+    fn from(error: SnapshotError) -> Self {
+        let code = match &error {
+            SnapshotError::Exists(_) => Code::AlreadyExists,
+            SnapshotError::File { .. } | SnapshotError::Stream(_) => Code::Internal,
+            _ => Code::FailedPrecondition,
         };
         Self::new(code, error.to_string())
     }

@@ -352,7 +352,14 @@ impl Images {
     /// # Errors
     /// [`ImageError::Changed`], [`ImageError::Disk`], [`ImageError::Database`].
     pub async fn layers_to_use(&self, image: &Image) -> Result<Vec<PathBuf>, ImageError> {
-        let layers = image.layers.clone();
+        self.files_to_use(image.layers.clone()).await
+    }
+
+    /// The same of these layers, whatever image they belong to.
+    ///
+    /// # Errors
+    /// See [`Images::layers_to_use`].
+    pub async fn files_to_use(&self, layers: Vec<DiffId>) -> Result<Vec<PathBuf>, ImageError> {
         self.blocking(move |shared| {
             shared.store.check_seals(&layers)?;
             let paths = layers.iter().map(|layer| shared.store.layer_path(layer));

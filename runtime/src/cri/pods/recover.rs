@@ -9,8 +9,8 @@ use tokio::sync::watch::Receiver;
 use super::super::containers;
 use super::super::registry::Pod;
 use super::super::{Context, CriError};
-use super::{reboot, remove, run, sandbox, stop, watch};
-use crate::sandbox::{health, sentence};
+use super::{reboot, remove, run, sandbox, snapshot, stop, watch};
+use crate::sandbox::{Sandbox, health, sentence};
 use crate::store::SandboxState;
 
 /// How long a daemon that starts waits for one pod. A pod that is silent, or a CNI plugin that hangs, must not keep it from
@@ -109,6 +109,12 @@ async fn recover_pod(context: &Arc<Context>, pod: &Arc<Pod>) {
     }
 }
 
+/// Waits until a pod answers that is left to itself.
+async fn taken_up(pod: &Pod, sandbox: &dyn Sandbox) {
+    snapshot::go_on_if_held(pod, sandbox).await;
+    health::well(sandbox.health()).await;
+}
+
 async fn wait_ended(mut ended: Receiver<Option<ExitReason>>) {
     let _ = ended.wait_for(Option::is_some).await;
 }
@@ -119,7 +125,7 @@ async fn recover_running(context: &Arc<Context>, pod: &Arc<Pod>) {
     let (context, pod) = (context.clone(), pod.clone());
     let recovered = tokio::spawn(async move {
         tokio::select! {
-            () = health::well(sandbox.health()) => {
+            () = taken_up(&pod, sandbox.as_ref()) => {
                 containers::recover(&context, &pod).await;
             }
             // Its watch notes the ends.

@@ -220,7 +220,12 @@ async fn make(
 }
 
 /// Lets CNI make the pod's network, beside the sandbox's own start.
-fn connect(context: &Arc<Context>, pod: &Arc<Pod>, plan: &SandboxPlan, timings: Timings) -> Coming {
+pub(super) fn connect(
+    context: &Arc<Context>,
+    pod: &Arc<Pod>,
+    plan: &SandboxPlan,
+    timings: Timings,
+) -> Coming {
     let Some(port) = plan.port.clone() else {
         return future::ready(Ok(None)).boxed().shared();
     };
@@ -242,7 +247,7 @@ fn connect(context: &Arc<Context>, pod: &Arc<Pod>, plan: &SandboxPlan, timings: 
 }
 
 /// What is remembered of a network.
-fn shown(network: &PodNetwork) -> NetworkRecord {
+pub(super) fn shown(network: &PodNetwork) -> NetworkRecord {
     let interface = network.interface.clone();
     NetworkRecord {
         netns: network.netns.clone(),
@@ -282,6 +287,10 @@ pub(super) async fn undo(context: &Context, pod: &Arc<Pod>, reason: &str) {
     let undone = async {
         sandbox::take_back(context, &pod.record()).await?;
         pod.set_sandbox(None);
+        // Those of a pod that was to be restored.
+        for container in context.registry.containers_of(&pod.id) {
+            context.registry.delete_container(&container).await?;
+        }
         context.registry.delete_pod(pod).await
     };
     if let Err(error) = undone.await {
