@@ -5,7 +5,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use caisson::steps::{self, Step};
-use caisson_proto::cri;
+use caisson_proto::{cli, cri};
 use caisson_tests::{Container, ContainerOptions, Node, NodeOptions, Pod, PodOptions, read_log};
 use cri::ContainerState;
 
@@ -33,6 +33,17 @@ async fn a_pod_on_the_host_survives_or_vanishes_whole() {
     };
     let pod = walk.run(&[steps::RUN_HOST, steps::RUN]).await;
     walk.take_apart(&pod).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_that_is_written_or_restored_is_there_once_and_moves() {
+    let Some(mut walk) = Walk::begin("microvm").await else {
+        return;
+    };
+    walk.node.restart().await;
+    let pod = walk.node.pod("written").await;
+    walk.snapshot(&pod).await;
+    walk.restore(&pod).await;
 }
 
 /// A node whose daemon dies at one step after another.
@@ -216,6 +227,75 @@ impl Walk {
         }
         self.node.restart().await;
         assert!(self.pods().await.is_empty() && self.containers().await.is_empty());
+        self.node.assert_nothing_left().await;
+    }
+
+    /// Snapshot: the pod goes on with the next daemon, but for the last step, after which it is all in the directory. Of the others
+    /// only the one that leaves most behind: each costs a walk through the pod's memory by a daemon that is not optimized.
+    async fn snapshot(&mut self, pod: &Pod) {
+        let container = self
+            .node
+            .run(pod, "c", "while :; do echo tick; sleep 0.2; done")
+            .await;
+        for step in &[Step::MachineWritten, Step::SnapshotPodEnds] {
+            self.armed(*step).await;
+            let path = self
+                .node
+                .root()
+                .join(format!("{step:?}"))
+                .display()
+                .to_string();
+            let request = cli::SnapshotRequest {
+                pod_sandbox_id: pod.id.clone(),
+                path,
+                leave_running: false,
+            };
+            let answer = self.node.cli.snapshot(request).await;
+            self.is_cut(answer, *step).await;
+            let log = || fs::metadata(&container.log).unwrap().len();
+            let before = log();
+            self.node.restart().await;
+            if *step == Step::SnapshotPodEnds {
+                break;
+            }
+            let deadline = Instant::now() + Duration::from_secs(60);
+            while log() == before {
+                assert!(Instant::now() < deadline, "it stands still after {step:?}");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            self.node.says(&container, "true").await;
+        }
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !self.pods().await.is_empty() {
+            assert!(Instant::now() < deadline, "the pod is not removed");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        self.node.assert_nothing_left().await;
+    }
+
+    /// Restore: half of it is taken back, and it can be asked for again.
+    async fn restore(&mut self, pod: &Pod) {
+        let last = self
+            .node
+            .root()
+            .join(format!("{:?}", Step::SnapshotPodEnds));
+        let request = cli::RestoreRequest {
+            path: last.display().to_string(),
+        };
+        let step = Step::PodRestored;
+        self.armed(step).await;
+        let answer = self.node.cli.restore(request.clone()).await;
+        self.is_cut(answer, step).await;
+        self.node.restart().await;
+        assert!(self.pods().await.is_empty() && self.containers().await.is_empty());
+        self.node.assert_nothing_left().await;
+        self.node.cli.restore(request).await.unwrap();
+        let pods = self.pods().await;
+        assert_eq!(pods.len(), 1, "{pods:?}");
+        assert_eq!(pods[0].id, pod.id);
+        let all = self.containers().await;
+        assert_eq!(all[0].state(), ContainerState::ContainerRunning);
+        self.node.remove(pod).await;
         self.node.assert_nothing_left().await;
     }
 
