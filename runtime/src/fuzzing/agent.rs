@@ -104,7 +104,7 @@ pub fn agent_replies(data: &[u8]) {
     let Some((kind, said)) = data.split_first() else {
         return;
     };
-    match kind % 8 {
+    match kind % 9 {
         0 => call(http2(said)),
         1 => call(said.to_vec()),
         2 => {
@@ -120,6 +120,7 @@ pub fn agent_replies(data: &[u8]) {
         4 => runtime().block_on(sandbox::answer_line(said)),
         5 => runtime().block_on(sandbox::events(said)),
         6 => sandbox::reply(said),
+        8 => crate::snapshot::fuzzing::machine(said),
         _ => {
             // What the agent is told of a container once it is made, and of itself.
             let _ = agent::CreateContainerResponse::decode(said);

@@ -27,7 +27,7 @@ static ZEROES: [u8; PAGE] = [0; PAGE];
 /// Bytes read at a time: whole pages.
 const READ: usize = 1 << 20;
 /// The most bytes of a state: what 32 vCPUs need, several times.
-const MOST_STATE: u64 = 16 << 20;
+pub(super) const MOST_STATE: u64 = 16 << 20;
 
 /// What a file is: enough to notice damage. Who may write the file may write this too, so it is no seal.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -13,6 +13,8 @@
 
 mod dependencies;
 mod files;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod manifest;
 
 use std::fs::{self, File, OpenOptions};

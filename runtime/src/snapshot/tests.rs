@@ -140,6 +140,12 @@ fn half_a_snapshot_is_removed_and_what_is_there_is_left() {
 }
 
 #[test]
+fn a_manifest_of_today_is_read_tomorrow() {
+    let seed = include_str!("../../../tests/fuzz/seeds/config_files/manifest");
+    assert_eq!(fuzzing::manifest(&seed[1..]), None);
+}
+
+#[test]
 fn a_manifest_that_no_pod_has_is_refused() {
     let volume = cri::ContainerConfig {
         mounts: vec![cri::Mount {

@@ -53,6 +53,10 @@ pub async fn snapshot(
         check(&pod.record(), &containers)?;
         sandbox.pod().rest(true);
         let written = write(context, pod, sandbox.as_ref(), &containers, dir).await;
+        match &written {
+            Ok(()) => tracing::info!(pod = pod.id, leave_running, "the pod was written"),
+            Err(error) => tracing::warn!(pod = pod.id, %error, "the pod could not be written"),
+        }
         let ends = written.is_ok() && !leave_running;
         let going = match ends {
             true => end(context, pod, sandbox.as_ref()).await,
