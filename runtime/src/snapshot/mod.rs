@@ -56,7 +56,7 @@ pub enum SnapshotError {
     Stream(String),
     /// It has no manifest.
     #[error(
-        "{0} is not a whole snapshot: it has no {MANIFEST}, so its writing broke off; remove it"
+        "{0} is not a whole snapshot: it has no {MANIFEST}, which is written last; name a directory that `caisson snapshot` has finished"
     )]
     Incomplete(PathBuf),
     /// Others could have changed it.
