@@ -29,6 +29,7 @@ mod testing;
 mod verity;
 
 pub use config::ImageConfig;
+pub(crate) use digest::Hasher;
 pub use digest::{DiffId, Digest};
 pub use document::ContainerDefaults;
 pub use error::ImageError;

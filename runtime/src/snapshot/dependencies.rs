@@ -5,9 +5,9 @@ use std::io;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use super::{SnapshotError, failed};
+use crate::image::{Digest, Hasher};
 use crate::sandbox::microvm::MicroVmConfig;
 
 /// What a machine was made with. Templates have the same in their name, by files' identities and the host's boot; a snapshot outlives
@@ -40,7 +40,7 @@ impl Dependencies {
             kernel: digest(&config.kernel)?,
             initramfs: digest(&config.initramfs)?,
             vmm: digest(&config.pod.vmm)?,
-            processor: hex(&Sha256::digest(processor(&text))),
+            processor: Digest::of(processor(&text).as_bytes()).hex(),
         })
     }
 
@@ -82,27 +82,10 @@ fn processor(cpuinfo: &str) -> String {
 }
 
 fn digest(path: &Path) -> Result<String, SnapshotError> {
-    let mut hash = Sha256::new();
-    let copied = File::open(path).and_then(|mut file| io::copy(&mut file, &mut Hasher(&mut hash)));
+    let mut hasher = Hasher::default();
+    let copied = File::open(path).and_then(|mut file| io::copy(&mut file, &mut hasher));
     copied.map_err(failed("read", path))?;
-    Ok(hex(&hash.finalize()))
-}
-
-struct Hasher<'a>(&'a mut Sha256);
-
-impl io::Write for Hasher<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.update(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    Ok(hasher.finish().hex())
 }
 
 #[cfg(test)]
