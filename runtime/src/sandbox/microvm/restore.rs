@@ -2,14 +2,13 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use caisson_proto::agent as proto;
 use caisson_vmm_protocol::{PlacedLayer, TemplateConfig, TemplateRole};
 
 use super::share::Share;
-use super::start::{self, Machine, wait_for_agent};
+use super::start::{self, Machine, Parts, wait_for_agent};
 use super::{MicroVm, MicroVmConfig, vhost};
 use crate::network::{Coming, PodNetwork};
 use crate::sandbox::pod::dir::PodDir;
@@ -80,7 +79,7 @@ impl MicroVm {
             "prepare share and disk",
             prepare(&dir, &share, saved.scratch),
         );
-        let (share_root, disk) = prepared
+        let parts = prepared
             .await
             .map_err(error("prepare the share and disk"))?;
         let began = timings.elapsed();
@@ -90,26 +89,15 @@ impl MicroVm {
                 Some(_) => vhost::open(config.vhost_net, config.net_rate)?,
                 None => None,
             };
-            let taps = plan.port.iter().filter_map(|port| port.tap.as_ref());
             let (layers, placed_layers) = open_layers(&saved.layers, &mut fds)?;
+            let template = TemplateConfig {
+                role: TemplateRole::Restore,
+                memory: fds.push(&saved.memory),
+                state: fds.push(&saved.state),
+            };
             let machine = Machine {
-                id: plan.id.clone(),
-                vcpus: plan.vcpus,
-                memory_mib: plan.memory_mib,
-                user: plan.user,
-                nets: taps
-                    .map(|tap| start::net(tap.as_ref(), vhost.as_ref(), &mut fds))
-                    .collect(),
-                template: Some(TemplateConfig {
-                    role: TemplateRole::Restore,
-                    memory: fds.push(&saved.memory),
-                    state: fds.push(&saved.state),
-                }),
                 placed_layers,
-                netns: plan.port.as_ref().map(|port| port.netns.clone()),
-                cgroup_parent: plan.cgroup_parent.clone(),
-                share_root,
-                scratch: disk,
+                ..start::machine(plan, parts, Some(template), vhost.as_ref(), &mut fds)
             };
             let lent = (plan.port.clone(), vhost, layers, saved.memory, saved.state);
             start::boot(machine, config, &dir, fds, lent).await
@@ -124,22 +112,24 @@ impl MicroVm {
     }
 }
 
-async fn prepare(
-    dir: &PodDir,
-    share: &Share,
-    disk: Option<PathBuf>,
-) -> io::Result<(OwnedFd, Option<File>)> {
+async fn prepare(dir: &PodDir, share: &Share, disk: Option<PathBuf>) -> io::Result<Parts> {
     dir.create()?;
-    let root = share.create()?;
-    let Some(from) = disk else {
-        return Ok((root, None));
+    let share_root = share.create()?;
+    let scratch = match disk {
+        Some(from) => {
+            let to = dir.scratch();
+            let copy = move || {
+                scratch::copy_sparse(&from, &to)?;
+                File::options().read(true).write(true).open(to)
+            };
+            Some(tokio::task::spawn_blocking(copy).await??)
+        }
+        None => None,
     };
-    let to = dir.scratch();
-    let copy = move || {
-        scratch::copy_sparse(&from, &to)?;
-        File::options().read(true).write(true).open(to)
-    };
-    Ok((root, Some(tokio::task::spawn_blocking(copy).await??)))
+    Ok(Parts {
+        share_root,
+        scratch,
+    })
 }
 
 fn open_layers(

@@ -222,6 +222,7 @@ impl MicroVm {
                     Some(_) => vhost::open(config.vhost_net, config.net_rate)?,
                     None => None,
                 };
+                let template = template.map(|template| template.lend(&mut fds));
                 let machine = machine(plan, parts, template, vhost.as_ref(), &mut fds);
                 let lent = (plan.port.clone(), vhost);
                 boot(machine, config, &dir, fds, lent).await
@@ -267,9 +268,11 @@ impl MicroVm {
 }
 
 /// What the machine is built from.
-struct Parts {
-    share_root: OwnedFd,
-    scratch: Option<File>,
+pub struct Parts {
+    /// The root of its share.
+    pub share_root: OwnedFd,
+    /// Its scratch disk.
+    pub scratch: Option<File>,
 }
 
 async fn prepare(
@@ -327,11 +330,11 @@ pub struct Machine {
     pub scratch: Option<File>,
 }
 
-/// The machine of a pod; a clone of the template, if there is one.
-fn machine(
+/// The machine of a pod; a clone of the template, or what was saved, if there is one.
+pub fn machine(
     plan: &SandboxPlan,
     parts: Parts,
-    template: Option<&Template>,
+    template: Option<TemplateConfig>,
     vhost: Option<&OwnedFd>,
     fds: &mut Fds,
 ) -> Machine {
@@ -342,7 +345,7 @@ fn machine(
         memory_mib: plan.memory_mib,
         user: plan.user,
         nets: taps.map(|tap| net(tap.as_ref(), vhost, fds)).collect(),
-        template: template.map(|template| template.lend(fds)),
+        template,
         placed_layers: Vec::new(),
         netns: plan.port.as_ref().map(|port| port.netns.clone()),
         cgroup_parent: plan.cgroup_parent.clone(),
