@@ -4,6 +4,7 @@
 //! the machine stands still and is written, its disk beside it; the manifest makes a snapshot of that. Whatever fails, the pod
 //! goes on. So it does with the next daemon, where this one dies in the middle of it ([`go_on_if_held`]).
 
+use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -92,6 +93,12 @@ fn check(record: &SandboxRecord, containers: &[Arc<Container>]) -> Result<(), Cr
                 "container {id} has the volume {path} at {at}, and a pod with files of the host cannot be written; only one without volumes can"
             )));
         }
+    }
+    let layers = used_layers(containers).len();
+    if layers > MOST_LAYERS {
+        return Err(CriError::precondition(format!(
+            "the pod's containers have {layers} image layers, and one with more than {MOST_LAYERS} cannot be written"
+        )));
     }
     Ok(())
 }
@@ -184,24 +191,19 @@ async fn take_machine(
     }
 }
 
+/// The diff IDs of the layers that the containers have, each once.
+fn used_layers(containers: &[Arc<Container>]) -> BTreeSet<String> {
+    let records = containers.iter().map(|container| container.record());
+    records.flat_map(|record| record.layers.clone()).collect()
+}
+
 /// The layers that the containers have, with the places that the machine has given them.
 fn layers(
     context: &Context,
     containers: &[Arc<Container>],
     machine: &SavedMachine,
 ) -> Result<Vec<PlacedLayer>, CriError> {
-    let mut used: Vec<String> = containers
-        .iter()
-        .flat_map(|container| container.record().layers.clone())
-        .collect();
-    used.sort();
-    used.dedup();
-    if used.len() > MOST_LAYERS {
-        return Err(CriError::precondition(format!(
-            "the pod's containers have {} image layers, and one with more than {MOST_LAYERS} cannot be written",
-            used.len()
-        )));
-    }
+    let used = used_layers(containers);
     let mut placed = Vec::with_capacity(used.len());
     for diff_id in used {
         let layer: DiffId = diff_id.parse()?;
