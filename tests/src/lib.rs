@@ -15,6 +15,7 @@ mod pods;
 mod random;
 pub mod runtime;
 pub mod streaming;
+mod templates;
 #[cfg(test)]
 mod threat_model;
 
@@ -26,7 +27,7 @@ pub use leaks::Traces;
 pub use logs::{Line, read_log};
 pub use maker::ImageMaker;
 pub use node::{BRIDGE, Node, NodeOptions, bridged, dial};
-pub use pods::{Container, ContainerOptions, Pod, PodOptions, pod_process};
+pub use pods::{Container, ContainerOptions, Pod, PodOptions, of_host, pod_process};
 pub use random::{Random, number};
 
 /// The name of the image that every node has.

@@ -89,6 +89,15 @@ pub struct ContainerOptions {
     pub apparmor: Option<String>,
 }
 
+/// A volume: a file or directory of the host, and where the container has it.
+pub fn of_host(path: &Path, container: &str) -> cri::Mount {
+    cri::Mount {
+        host_path: path.display().to_string(),
+        container_path: container.to_owned(),
+        ..cri::Mount::default()
+    }
+}
+
 /// The pod process that is noted in a pod's directory. It may have ended since.
 pub fn pod_process(directory: &Path) -> Option<Pid> {
     let noted = fs::read_to_string(directory.join("vmm.pid")).ok()?;

@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use caisson::steps::{self, Step};
 use caisson_proto::{cli, cri};
-use caisson_tests::{Container, ContainerOptions, Node, NodeOptions, Pod, PodOptions, read_log};
+use caisson_tests::{
+    Container, ContainerOptions, Node, NodeOptions, Pod, PodOptions, of_host, read_log,
+};
 use cri::ContainerState;
 
 /// Says that it began, and ends as it is asked to, with a code of its own.
@@ -113,11 +115,7 @@ impl Walk {
         let volume = self.node.dir().join("volume");
         fs::create_dir(&volume).unwrap();
         let options = ContainerOptions {
-            mounts: vec![cri::Mount {
-                host_path: volume.display().to_string(),
-                container_path: "/volume".into(),
-                ..cri::Mount::default()
-            }],
+            mounts: vec![of_host(&volume, "/volume")],
             ..ContainerOptions::default()
         };
         for step in steps::CREATE {

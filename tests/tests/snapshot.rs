@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use caisson_proto::cri;
 use caisson_tests::{
-    Container, ContainerOptions, Disk, Node, NodeOptions, Pod, PodOptions, read_log,
+    Container, ContainerOptions, Disk, Node, NodeOptions, Pod, PodOptions, of_host, read_log,
 };
 use cri::ContainerState;
 
@@ -150,11 +150,7 @@ async fn a_pod_goes_on_where_it_was() {
     fs::create_dir(&volume).unwrap();
     fs::write(volume.join("file"), "of the host").unwrap();
     let options = ContainerOptions {
-        mounts: vec![cri::Mount {
-            host_path: volume.display().to_string(),
-            container_path: "/volume".into(),
-            ..cri::Mount::default()
-        }],
+        mounts: vec![of_host(&volume, "/volume")],
         ..ContainerOptions::default()
     };
     let script = "cat /volume/file; sleep 100000";
@@ -174,20 +170,6 @@ async fn a_pod_goes_on_where_it_was() {
     node.assert_nothing_left().await;
 }
 
-/// Waits until pods are clones of a template.
-async fn has_template(node: &Node) {
-    let deadline = Instant::now() + WAIT;
-    let place = node.state().join("templates");
-    let made = |entry: fs::DirEntry| {
-        let half = entry.file_name().to_string_lossy().starts_with("new-");
-        !half && entry.path().join("state").exists()
-    };
-    while !fs::read_dir(&place).is_ok_and(|entries| entries.flatten().any(made)) {
-        assert!(Instant::now() < deadline, "{}", node.daemon_log());
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pod_that_is_left_running_goes_on_and_so_does_its_copy_later() {
     // A clone of a template: its memory is a file's in part.
@@ -198,7 +180,7 @@ async fn a_pod_that_is_left_running_goes_on_and_so_does_its_copy_later() {
     let Some(node) = Node::start_with(options).await else {
         return;
     };
-    has_template(&node).await;
+    node.wait_for_templates(1).await;
     let dir = node.root().join("snapshot");
     let pod = node.pod("counter").await;
     let steps = caisson(&node, &["timeline", &pod.id]).unwrap();

@@ -11,7 +11,7 @@ use caisson_proto::cli::stream_request::Message as Request;
 use caisson_proto::cli::stream_response::Message as Response;
 use caisson_proto::cli::{StreamRequest, StreamStart, WindowSize};
 use caisson_proto::cri;
-use caisson_tests::{Container, ContainerOptions, Node};
+use caisson_tests::{Container, ContainerOptions, Node, of_host};
 use sha2::{Digest, Sha256};
 
 const SLEEP: &str = "trap 'exit 0' TERM; sleep 100000 & wait";
@@ -144,10 +144,8 @@ async fn an_exec_that_takes_too_long_is_killed() {
 
 fn mount(host: &Path, container: &str, readonly: bool) -> cri::Mount {
     cri::Mount {
-        host_path: host.display().to_string(),
-        container_path: container.to_owned(),
         readonly,
-        ..cri::Mount::default()
+        ..of_host(host, container)
     }
 }
 

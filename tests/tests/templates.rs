@@ -20,37 +20,6 @@ async fn node() -> Option<Node> {
     Node::start_with(options).await
 }
 
-/// The directories of the templates that are there.
-fn templates(node: &Node) -> Vec<PathBuf> {
-    let entries = fs::read_dir(node.state().join("templates"));
-    let paths = entries
-        .into_iter()
-        .flatten()
-        .map(|entry| entry.unwrap().path());
-    paths
-        .filter(|path| path.join("state").exists() && !is_new(path))
-        .collect()
-}
-
-fn is_new(path: &std::path::Path) -> bool {
-    path.file_name()
-        .unwrap()
-        .to_string_lossy()
-        .starts_with("new-")
-}
-
-async fn wait_for_templates(node: &Node, count: usize) {
-    let deadline = Instant::now() + WAIT;
-    while templates(node).len() < count {
-        assert!(
-            Instant::now() < deadline,
-            "no template: {}",
-            node.daemon_log()
-        );
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-}
-
 /// The steps of the pod's start.
 fn timeline(node: &Node, pod: &Pod) -> String {
     let output = node.caisson(&["timeline", &pod.id]);
@@ -87,7 +56,7 @@ async fn sleeper(node: &Node, pod: &Pod) -> Container {
 #[tokio::test(flavor = "multi_thread")]
 async fn clones_have_nothing_in_common_that_is_a_secret() {
     let Some(node) = node().await else { return };
-    wait_for_templates(&node, 1).await;
+    node.wait_for_templates(1).await;
     let mut facts: Vec<BTreeSet<String>> = Vec::new();
     for name in ["one", "two", "three"] {
         let pod = node.pod(name).await;
@@ -136,7 +105,7 @@ async fn clones_have_nothing_in_common_that_is_a_secret() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_clone_is_a_pod_like_any_other() {
     let Some(node) = node().await else { return };
-    wait_for_templates(&node, 1).await;
+    node.wait_for_templates(1).await;
     let pod = node.pod("clone").await;
     assert!(is_clone(&node, &pod), "{}", node.daemon_log());
     let container = sleeper(&node, &pod).await;
@@ -167,7 +136,7 @@ async fn a_clone_is_a_pod_like_any_other() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_shape_has_its_own_template_from_the_second_time_on() {
     let Some(node) = node().await else { return };
-    wait_for_templates(&node, 1).await;
+    node.wait_for_templates(1).await;
     let shape = || PodOptions {
         millicpus: 2000,
         memory: 160 << 20,
@@ -178,7 +147,7 @@ async fn a_shape_has_its_own_template_from_the_second_time_on() {
         assert!(!is_clone(&node, &pod));
         node.remove(&pod).await;
     }
-    wait_for_templates(&node, 2).await;
+    node.wait_for_templates(2).await;
     let pod = node.pod_with("third", shape()).await.unwrap();
     assert!(is_clone(&node, &pod), "{}", node.daemon_log());
     let container = sleeper(&node, &pod).await;
@@ -194,13 +163,13 @@ async fn a_shape_has_its_own_template_from_the_second_time_on() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_template_that_is_damaged_costs_a_boot_and_no_more() {
     let Some(mut node) = node().await else { return };
-    wait_for_templates(&node, 1).await;
-    let state = templates(&node)[0].join("state");
+    node.wait_for_templates(1).await;
+    let state = node.templates()[0].join("state");
     let text = fs::read(&state).unwrap();
     fs::write(&state, &text[..text.len() / 2]).unwrap();
     let pod = node.pod("pod").await;
     assert!(!is_clone(&node, &pod));
-    assert_eq!(templates(&node), Vec::<PathBuf>::new());
+    assert_eq!(node.templates(), Vec::<PathBuf>::new());
     node.remove(&pod).await;
 
     // A daemon that dies while it makes one leaves a machine behind, which the next one takes back; and it makes its own.
@@ -212,7 +181,7 @@ async fn a_template_that_is_damaged_costs_a_boot_and_no_more() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     node.restart().await;
-    wait_for_templates(&node, 1).await;
+    node.wait_for_templates(1).await;
     let pod = node.pod("pod").await;
     assert!(is_clone(&node, &pod), "{}", node.daemon_log());
     node.remove(&pod).await;

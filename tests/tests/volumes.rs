@@ -7,7 +7,9 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use caisson_proto::cri;
-use caisson_tests::{Container, ContainerOptions, IMAGE, Node, PodOptions, Traces, sha256};
+use caisson_tests::{
+    Container, ContainerOptions, IMAGE, Node, PodOptions, Traces, of_host, sha256,
+};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use tonic::Code;
 
@@ -43,14 +45,6 @@ impl Tmpfs {
 impl Drop for Tmpfs {
     fn drop(&mut self) {
         let _ = umount2(&self.0, MntFlags::MNT_DETACH);
-    }
-}
-
-fn of_host(path: &Path, container: &str) -> cri::Mount {
-    cri::Mount {
-        host_path: path.display().to_string(),
-        container_path: container.to_owned(),
-        ..cri::Mount::default()
     }
 }
 
