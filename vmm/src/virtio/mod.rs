@@ -101,6 +101,13 @@ pub enum DeviceError {
     },
 }
 
+impl DeviceError {
+    /// What makes a [`DeviceError::Host`] of this device from what the system said.
+    pub fn host(device: &'static str) -> impl Fn(io::Error) -> Self {
+        move |source| Self::Host { device, source }
+    }
+}
+
 /// A device behind any transport.
 pub trait VirtioDevice: Send {
     /// The device's name in messages and thread names, such as "virtio-blk".

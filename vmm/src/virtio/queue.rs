@@ -236,10 +236,7 @@ impl Ring {
         if wanted {
             self.interrupt
                 .queue(self.index)
-                .map_err(|source| DeviceError::Host {
-                    device: self.device,
-                    source,
-                })?;
+                .map_err(DeviceError::host(self.device))?;
         }
         Ok(())
     }

@@ -42,14 +42,16 @@ impl<R: Send + 'static, H: Handler + Into<R>> Service<R, H> {
         make: impl FnOnce(R) -> H,
     ) -> Result<(), DeviceError> {
         let Some(resource) = self.idle.take() else {
-            return Err(self.failed(io::Error::other("its resources are not at hand")));
+            return Err(DeviceError::host(self.device)(io::Error::other(
+                "its resources are not at hand",
+            )));
         };
         match Worker::spawn(self.kind, self.device, make(resource), failure) {
             Ok(worker) => {
                 self.worker = Some(worker);
                 Ok(())
             }
-            Err(source) => Err(self.failed(source)),
+            Err(source) => Err(DeviceError::host(self.device)(source)),
         }
     }
 
@@ -71,13 +73,6 @@ impl<R: Send + 'static, H: Handler + Into<R>> Service<R, H> {
     pub fn resume(&mut self) {
         if let Some(worker) = &self.worker {
             worker.resume();
-        }
-    }
-
-    fn failed(&self, source: io::Error) -> DeviceError {
-        DeviceError::Host {
-            device: self.device,
-            source,
         }
     }
 }

@@ -252,10 +252,7 @@ fn run<H: Handler>(handler: &mut H, poll: &Poll, shared: &Shared) -> Result<(), 
             Ok(n) => n,
             Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
             Err(source) => {
-                return Err(DeviceError::Host {
-                    device: "a device's event loop",
-                    source,
-                });
+                return Err(DeviceError::host("a device's event loop")(source));
             }
         };
         for event in &events[..ready] {

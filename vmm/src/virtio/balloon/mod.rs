@@ -135,7 +135,7 @@ impl Handler for Rings {
         for index in 0..self.rings.len() {
             let event = self.rings[index].notify_fd();
             poll.add(event, index as u64, EventSet::IN)
-                .map_err(failed)?;
+                .map_err(DeviceError::host(DEVICE))?;
             self.serve(index)?;
         }
         Ok(())
@@ -186,7 +186,7 @@ fn release(slice: &VolatileSlice<'_>) -> Result<(), DeviceError> {
     let done = unsafe { libc::madvise(begin.cast(), slice.len(), libc::MADV_DONTNEED) };
     match done {
         0 => Ok(()),
-        _ => Err(failed(io::Error::last_os_error())),
+        _ => Err(DeviceError::host(DEVICE)(io::Error::last_os_error())),
     }
 }
 
@@ -194,13 +194,6 @@ fn broken(what: &str) -> DeviceError {
     DeviceError::Guest {
         device: DEVICE,
         what: what.into(),
-    }
-}
-
-fn failed(source: io::Error) -> DeviceError {
-    DeviceError::Host {
-        device: DEVICE,
-        source,
     }
 }
 

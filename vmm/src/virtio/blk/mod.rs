@@ -174,10 +174,7 @@ impl From<Requests> for Disk {
 impl Handler for Requests {
     fn start(&mut self, poll: &Poll) -> Result<(), DeviceError> {
         poll.add(self.ring.notify_fd(), 0, EventSet::IN)
-            .map_err(|source| DeviceError::Host {
-                device: DEVICE,
-                source,
-            })?;
+            .map_err(DeviceError::host(DEVICE))?;
         self.serve()
     }
 

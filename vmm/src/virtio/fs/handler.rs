@@ -11,7 +11,7 @@ use super::super::queue::{Chain, Ring};
 use super::super::worker::{Handler, Poll};
 use super::super::{DeviceError, Memory};
 use super::identity::Identity;
-use super::{DEVICE, ShareServer, failed};
+use super::{DEVICE, ShareServer};
 
 /// The size of `struct fuse_in_header` in bytes.
 const IN_HEADER: usize = 40;
@@ -56,10 +56,10 @@ impl From<Requests> for ShareServer {
 
 impl Handler for Requests {
     fn start(&mut self, poll: &Poll) -> Result<(), DeviceError> {
-        Identity::take_root().map_err(failed)?;
+        Identity::take_root().map_err(DeviceError::host(DEVICE))?;
         for (token, ring) in (0u64..).zip(&self.rings) {
             poll.add(ring.notify_fd(), token, EventSet::IN)
-                .map_err(failed)?;
+                .map_err(DeviceError::host(DEVICE))?;
         }
         self.serve(0)?;
         self.serve(1)
@@ -99,7 +99,7 @@ fn answer(
             server.handle_message(reader, writer.into(), None, None)
         }))
         .map_err(|_| {
-            failed(io::Error::other(format!(
+            DeviceError::host(DEVICE)(io::Error::other(format!(
                 "the file server panicked at a request of opcode {}",
                 u32::from_le_bytes([header[4], header[5], header[6], header[7]])
             )))
@@ -107,7 +107,8 @@ fn answer(
         .ok()
     };
     if let Some(written) = served {
-        return u32::try_from(written).map_err(|_| failed(io::ErrorKind::InvalidData.into()));
+        return u32::try_from(written)
+            .map_err(|_| DeviceError::host(DEVICE)(io::ErrorKind::InvalidData.into()));
     }
     // The server gives no answer to what it cannot parse. The guest waits for one, where it has room for it.
     let mut room = chain.writable;

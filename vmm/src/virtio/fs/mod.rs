@@ -138,7 +138,9 @@ impl VirtioDevice for Fs {
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), DeviceError> {
         if !self.open {
-            return Err(failed(io::Error::other("its root was not opened")));
+            return Err(DeviceError::host(DEVICE)(io::Error::other(
+                "its root was not opened",
+            )));
         }
         let [priority, requests] = service::rings(DEVICE, &mut activation)?;
         self.service.start(activation.failure, |server| {
@@ -156,13 +158,6 @@ impl VirtioDevice for Fs {
 
     fn resume(&mut self) {
         self.service.resume();
-    }
-}
-
-fn failed(source: io::Error) -> DeviceError {
-    DeviceError::Host {
-        device: DEVICE,
-        source,
     }
 }
 

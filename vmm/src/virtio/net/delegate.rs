@@ -15,7 +15,6 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::super::worker::{Handler, Poll};
 use super::super::{Activation, ActiveQueue, DeviceError, Interrupt, Memory};
 use super::DEVICE;
-use super::handler::failed;
 use super::tap::Tap;
 use super::vhost::{Events, Refused, Vhost};
 
@@ -59,8 +58,8 @@ impl Lines {
     /// What the system says when it has no more of them.
     pub fn new(interrupt: &dyn Interrupt) -> Result<Self, DeviceError> {
         Ok(Self {
-            call: interrupt.by_kernel().map_err(failed)?,
-            broken: EventFd::new(EFD_NONBLOCK).map_err(failed)?,
+            call: interrupt.by_kernel().map_err(DeviceError::host(DEVICE))?,
+            broken: EventFd::new(EFD_NONBLOCK).map_err(DeviceError::host(DEVICE))?,
         })
     }
 }
@@ -86,7 +85,7 @@ impl Delegate {
             let tap = Some(self.plug.tap.fd());
             self.plug.vhost.attach(index, tap).map_err(refused)?;
             // What the driver put there before is looked for now.
-            queue.notify.write(1).map_err(failed)?;
+            queue.notify.write(1).map_err(DeviceError::host(DEVICE))?;
         }
         Ok(())
     }
@@ -106,7 +105,7 @@ impl Delegate {
         self.look = None;
         self.detach()?;
         self.link.store(false, Ordering::Release);
-        self.interrupt.config().map_err(failed)?;
+        self.interrupt.config().map_err(DeviceError::host(DEVICE))?;
         Ok(false)
     }
 }
@@ -128,13 +127,14 @@ impl Handler for Delegate {
             }
         }
         let fd = self.broken.as_raw_fd();
-        poll.add(fd, BROKEN, EventSet::IN).map_err(failed)?;
+        poll.add(fd, BROKEN, EventSet::IN)
+            .map_err(DeviceError::host(DEVICE))?;
         self.look = Some(Instant::now() + LOOK);
         self.attach()
     }
 
     fn handle(&mut self, _: u64, _: EventSet, _: &Poll) -> Result<(), DeviceError> {
-        self.broken.read().map_err(failed)?;
+        self.broken.read().map_err(DeviceError::host(DEVICE))?;
         // Without a tap there is no carrying frames, which is not the driver's doing.
         match self.is_plugged()? {
             true => Err(guest("its rings cannot be followed")),
@@ -176,7 +176,7 @@ impl From<Delegate> for Plug {
 }
 
 fn refused(refused: Refused) -> DeviceError {
-    failed(std::io::Error::other(refused))
+    DeviceError::host(DEVICE)(std::io::Error::other(refused))
 }
 
 fn guest(what: &str) -> DeviceError {

@@ -193,7 +193,8 @@ impl Frames {
         if let Some(polled) = &mut self.polled
             && *polled != events
         {
-            poll.modify(self.tap.fd(), TAP, events).map_err(failed)?;
+            poll.modify(self.tap.fd(), TAP, events)
+                .map_err(DeviceError::host(DEVICE))?;
             *polled = events;
         }
         Ok(())
@@ -202,9 +203,10 @@ impl Frames {
     /// Forgets the tap: its descriptor would be ready for ever. The guest sees the link go down.
     fn tap_is_gone(&mut self, poll: &Poll) -> Result<(), DeviceError> {
         if self.polled.take().is_some() {
-            poll.remove(self.tap.fd()).map_err(failed)?;
+            poll.remove(self.tap.fd())
+                .map_err(DeviceError::host(DEVICE))?;
             self.link.store(false, Ordering::Release);
-            self.interrupt.config().map_err(failed)?;
+            self.interrupt.config().map_err(DeviceError::host(DEVICE))?;
         }
         Ok(())
     }
@@ -223,7 +225,8 @@ impl Handler for Frames {
             (self.transmit.notify_fd(), TRANSMIT),
             (self.tap.fd(), TAP),
         ] {
-            poll.add(fd, token, EventSet::IN).map_err(failed)?;
+            poll.add(fd, token, EventSet::IN)
+                .map_err(DeviceError::host(DEVICE))?;
         }
         self.polled = Some(EventSet::IN);
         self.transmit(poll)?;
@@ -254,12 +257,5 @@ impl Handler for Frames {
     fn go_on(&mut self, poll: &Poll) -> Result<(), DeviceError> {
         self.transmit(poll)?;
         self.receive(poll)
-    }
-}
-
-pub(super) fn failed(source: std::io::Error) -> DeviceError {
-    DeviceError::Host {
-        device: DEVICE,
-        source,
     }
 }

@@ -230,10 +230,7 @@ impl VirtioDevice for Net {
         }
         offload.map_err(|source| {
             self.reset();
-            DeviceError::Host {
-                device: DEVICE,
-                source,
-            }
+            DeviceError::host(DEVICE)(source)
         })
     }
 

@@ -93,7 +93,7 @@ impl From<Requests> for () {
 impl Handler for Requests {
     fn start(&mut self, poll: &Poll) -> Result<(), DeviceError> {
         poll.add(self.ring.notify_fd(), 0, EventSet::IN)
-            .map_err(failed)?;
+            .map_err(DeviceError::host(DEVICE))?;
         self.serve()
     }
 
@@ -112,7 +112,7 @@ impl Requests {
 
 fn fill(mut chain: Chain<'_>) -> Result<u32, DeviceError> {
     let mut bytes = vec![0; chain.writable.len().min(MOST)];
-    random(&mut bytes).map_err(failed)?;
+    random(&mut bytes).map_err(DeviceError::host(DEVICE))?;
     let written = chain.writable.write(&bytes);
     // At most MOST.
     Ok(written as u32)
@@ -134,13 +134,6 @@ fn random(mut into: &mut [u8]) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-fn failed(source: io::Error) -> DeviceError {
-    DeviceError::Host {
-        device: DEVICE,
-        source,
-    }
 }
 
 #[cfg(test)]

@@ -143,17 +143,11 @@ impl Handler for VsockHandler {
             (self.again.as_raw_fd(), AGAIN),
         ] {
             poll.add(fd, token, EventSet::IN)
-                .map_err(|source| DeviceError::Host {
-                    device: NAME,
-                    source,
-                })?;
+                .map_err(DeviceError::host(NAME))?;
         }
         if let Some(farewell) = &self.farewell {
             poll.add(farewell.events().notify_fd(), EVENTS, EventSet::IN)
-                .map_err(|source| DeviceError::Host {
-                    device: NAME,
-                    source,
-                })?;
+                .map_err(DeviceError::host(NAME))?;
         }
         self.muxer.start(poll)?;
         // The driver may have sent before we listened.

@@ -120,13 +120,6 @@ impl Vsock {
     pub fn connector(&self) -> VsockConnector {
         self.requests.connector()
     }
-
-    fn host_error(source: io::Error) -> DeviceError {
-        DeviceError::Host {
-            device: NAME,
-            source,
-        }
-    }
 }
 
 impl VirtioDevice for Vsock {
@@ -171,11 +164,11 @@ impl VirtioDevice for Vsock {
         drop(guard);
         let mut rings = rings.into_iter();
         let (Some(receive), Some(transmit)) = (rings.next(), rings.next()) else {
-            return Err(Self::host_error(io::ErrorKind::InvalidInput.into()));
+            return Err(DeviceError::host(NAME)(io::ErrorKind::InvalidInput.into()));
         };
-        let again = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Self::host_error)?;
+        let again = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(DeviceError::host(NAME))?;
         let muxer = self.muxer.take().ok_or_else(|| {
-            Self::host_error(io::Error::other(
+            DeviceError::host(NAME)(io::Error::other(
                 "it is active already, or its worker did not come back",
             ))
         })?;
@@ -185,7 +178,7 @@ impl VirtioDevice for Vsock {
             .map(Farewell::new);
         let handler = VsockHandler::new(memory, receive, transmit, again, muxer).after(farewell);
         let worker =
-            Worker::spawn(Kind::Vsock, NAME, handler, failure).map_err(Self::host_error)?;
+            Worker::spawn(Kind::Vsock, NAME, handler, failure).map_err(DeviceError::host(NAME))?;
         self.worker = Some(worker);
         Ok(())
     }

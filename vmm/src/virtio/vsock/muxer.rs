@@ -124,12 +124,12 @@ impl Muxer {
     pub fn start(&mut self, poll: &Poll) -> Result<(), DeviceError> {
         if let Some(listener) = &self.listener {
             poll.add(listener.as_raw_fd(), LISTENER, EventSet::IN)
-                .map_err(host_error)?;
+                .map_err(DeviceError::host(NAME))?;
         }
         poll.add(self.requests.event().as_raw_fd(), REQUESTS, EventSet::IN)
-            .map_err(host_error)?;
+            .map_err(DeviceError::host(NAME))?;
         poll.add(self.timer.as_raw_fd(), TIMER, EventSet::IN)
-            .map_err(host_error)
+            .map_err(DeviceError::host(NAME))
     }
 
     /// Serves a descriptor of its own.
@@ -437,12 +437,5 @@ fn next_free<T>(last: &mut u32, first: u32, taken: &HashMap<u32, T>) -> u32 {
         if *last >= first && !taken.contains_key(last) {
             return *last;
         }
-    }
-}
-
-fn host_error(source: io::Error) -> DeviceError {
-    DeviceError::Host {
-        device: NAME,
-        source,
     }
 }
