@@ -19,9 +19,7 @@ pub fn configure(interfaces: &[Interface], routes: &[Route]) -> Result<(), Sandb
     let mut netlink = Netlink::open().context(|| "open rtnetlink".into())?;
     let mut indices = Vec::new();
     for (number, interface) in interfaces.iter().enumerate() {
-        let current = find(&interface.current_mac)
-            .context(|| format!("find the device of {}", interface.name))?;
-        let index = index_of(&current)?;
+        let (current, index) = device(interface)?;
         // Two devices may have to swap names: first get everyone out of the way.
         if current != interface.name {
             netlink
@@ -80,9 +78,7 @@ pub fn clear(interfaces: &[Interface]) -> Result<(), SandboxError> {
     }
     let mut netlink = Netlink::open().context(|| "open rtnetlink".into())?;
     for interface in interfaces {
-        let name = find(&interface.current_mac)
-            .context(|| format!("find the device of {}", interface.name))?;
-        let index = index_of(&name)?;
+        let (name, index) = device(interface)?;
         netlink
             .set_down(index)
             .context(|| format!("take {name} down"))?;
@@ -126,13 +122,20 @@ pub fn move_to(interfaces: &[Interface], namespace: BorrowedFd<'_>) -> Result<()
     }
     let mut netlink = Netlink::open().context(|| "open rtnetlink".into())?;
     for interface in interfaces {
-        let name = find(&interface.current_mac)
-            .context(|| format!("find the device of {}", interface.name))?;
+        let (name, index) = device(interface)?;
         netlink
-            .move_to(index_of(&name)?, namespace)
+            .move_to(index, namespace)
             .context(|| format!("move {name} to the pod's network namespace"))?;
     }
     Ok(())
+}
+
+/// The name that the interface's device has now, and its index.
+fn device(interface: &Interface) -> Result<(String, u32), SandboxError> {
+    let name = find(&interface.current_mac)
+        .context(|| format!("find the device of {}", interface.name))?;
+    let index = index_of(&name)?;
+    Ok((name, index))
 }
 
 /// The name of the device with this MAC.
