@@ -181,7 +181,7 @@ impl MicroVm {
                 plan.cgroup_parent.clone(),
                 needs(plan.memory_mib, plan.vcpus),
             );
-            tokio::task::spawn_blocking(move || cgroup::replace(&dir, &config, &parent, pid, needs))
+            tokio::task::spawn_blocking(move || cgroup::place(&dir, &config, &parent, pid, needs))
                 .await?
         };
         timings

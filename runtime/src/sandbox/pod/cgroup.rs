@@ -55,8 +55,9 @@ impl Needs {
     }
 }
 
-/// Makes the cgroup of a microVM with these needs, limits it to them, and moves the pod process there. On a host without cgroup
-/// v2 the process stays where the daemon is.
+/// Makes the cgroup of a microVM with these needs, limits it to them, and moves the pod process there; what it was in before, if
+/// its machine was started before its pod was known, is removed. On a host without cgroup v2 the process stays where the
+/// daemon is.
 ///
 /// A parent whose limit has no room for the machine is not used: the kernel would end the whole pod as soon as its guest
 /// fills its page cache. The kubelet sets such a limit where the pod's runtime class names no overhead.
@@ -86,6 +87,11 @@ pub fn place(
         }
         None => parent,
     };
+    // Noted until it is gone, as is the new one.
+    let before = fs::read_to_string(dir.cgroup()).ok();
+    if let Some(before) = &before {
+        fs::write(dir.cgroup_before(), before)?;
+    }
     let path = note(dir, config, parent)?;
     fs::create_dir_all(&path).map_err(|e| about(&path, &e))?;
     // Groups above that have processes cannot have limits below; then those above must do.
@@ -93,26 +99,12 @@ pub fn place(
     if let Err(error) = limited.and_then(|()| set_limits(&path, &needs.limits())) {
         tracing::debug!(pod = dir.name(), %error, "the pod process has no limits of its own");
     }
-    join(&path, pid).map_err(|e| about(&path, &e))
-}
-
-/// Moves the pod process of a machine that was started before its pod was known, to where [`place`] would have put it.
-pub fn replace(
-    dir: &PodDir,
-    config: &PodConfig,
-    parent: &str,
-    pid: u32,
-    needs: Needs,
-) -> io::Result<()> {
-    let Ok(before) = fs::read_to_string(dir.cgroup()) else {
+    join(&path, pid).map_err(|e| about(&path, &e))?;
+    let Some(before) = before.map(PathBuf::from) else {
         return Ok(());
     };
-    // Noted until it is gone, as is the new one.
-    fs::write(dir.cgroup_before(), &before)?;
-    place(dir, config, parent, pid, needs)?;
-    if fs::read_to_string(dir.cgroup())? != before {
-        let before = Path::new(&before);
-        remove_tree(before).map_err(|e| about(before, &e))?;
+    if before != path {
+        remove_tree(&before).map_err(|e| about(&before, &e))?;
     }
     fs::remove_file(dir.cgroup_before())
 }
