@@ -116,6 +116,7 @@ struct Bench {
 #[tokio::main]
 async fn main() -> Result<()> {
     let options = Options::parse();
+    std::fs::create_dir_all(&options.logs)?;
     let peer = |name| Runtime::new(name, &options.containerd, &options.logs);
     let mut crun = peer("containerd-crun");
     crun.handler = "crun".to_owned();
