@@ -126,12 +126,12 @@ pub fn build_and_boot(
     }
 
     let template = config.template.take();
-    let vm = timeline.measure("create vm", || {
+    let mut vm = timeline.measure("create vm", || {
         let content = template.as_ref().map_or(Content::Nothing, content);
         KvmVm::new(config.kvm, config.memory, content)
     })?;
     let (mut windows, places) =
-        timeline.measure("attach devices", || attach(&vm, devices.all, ending))?;
+        timeline.measure("attach devices", || attach(&mut vm, devices.all, ending))?;
     let console = Console::new(config.console, config.console_limit).map_err(start("console"))?;
     let line = SerialLine(vm.interrupt_line(layout::SERIAL_GSI)?);
     let (vcpus, serial) = match &template {
@@ -329,7 +329,7 @@ fn create_devices(
 
 /// Puts each device behind a window and connects its events to KVM.
 fn attach(
-    vm: &KvmVm,
+    vm: &mut KvmVm,
     devices: Vec<Box<dyn VirtioDevice>>,
     ending: &Arc<Ending>,
 ) -> Result<(Vec<MmioTransport>, Vec<MmioDevice>), BootError> {
@@ -344,7 +344,7 @@ fn attach(
         let line = vm.interrupt_line(place.gsi)?;
         let transport = MmioTransport::new(device, memory.clone(), line, ending.failure_sink())
             .map_err(start("virtio transport"))?;
-        vm.connect_notifications(&transport, place.address)?;
+        vm.connect(&transport, place.address)?;
         windows.push(transport);
         places.push(place);
     }

@@ -36,7 +36,7 @@ impl Interrupt for NoInterrupt {
         Ok(())
     }
 
-    fn config(&self) -> io::Result<()> {
+    fn config(&self, _: u64, _: &[u8]) -> io::Result<()> {
         Ok(())
     }
 

@@ -1,11 +1,12 @@
 //! The virtio-mmio transport (virtio 1.2 §4.2): one device behind a window of registers.
 //!
 //! What the driver writes is hostile. The status only goes forward (§3.1.1); features are fixed once
-//! FEATURES_OK is set, queue addresses and sizes once the queue is ready or the device active.
+//! FEATURES_OK is set, queue addresses and sizes once the queue is ready or the device active. What it reads is in
+//! [`Registers`], which follow what it writes.
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::{
@@ -19,17 +20,17 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::registers::{CONFIG, Registers};
 use crate::virtio::{Activation, ActiveQueue, FailureSink, Interrupt, Memory, VirtioDevice};
 
 /// "virt" in little-endian.
 const MAGIC: u32 = 0x7472_6976;
 const VERSION: u32 = 2;
 const VENDOR: u32 = u32::from_le_bytes(*b"CAIS");
-/// Where the device's configuration space begins in the window.
-const CONFIG: u64 = reg::VIRTIO_MMIO_CONFIG as u64;
 /// The driver's notification register.
 pub const QUEUE_NOTIFY: u64 = reg::VIRTIO_MMIO_QUEUE_NOTIFY as u64;
-/// The register in which the driver says what it has heard of, and the value that means queues and nothing else.
+/// The register in which the driver says what it has heard of, and the value that means queues and nothing else, which never
+/// changes anything.
 pub const HEARD_OF_QUEUES: (u64, u32) = (
     reg::VIRTIO_MMIO_INTERRUPT_ACK as u64,
     reg::VIRTIO_MMIO_INT_VRING,
@@ -43,43 +44,51 @@ const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
 const FAILED: u32 = VIRTIO_CONFIG_S_FAILED;
 
 /// The interrupt line of one device: a status register and an irqfd.
-pub struct MmioInterrupt {
-    status: AtomicU32,
-    /// Bits that are always set: those that are nobody's to set when the kernel raises the line. A driver that is told of
-    /// queues without cause looks at them and finds nothing; one that is not told would miss what there is. To set the bit
-    /// each time, a thread of this process would have to wake up between the kernel and the line.
-    always: AtomicU32,
-    generation: AtomicU32,
+///
+/// While the device is active the status says that queues have used buffers, whether some have or not. A driver that is told
+/// of them without cause looks and finds nothing; and what always says the same nobody has to set before the line is raised,
+/// which may be the kernel's to do, nor to take back when the driver has heard.
+struct MmioInterrupt {
+    registers: Arc<Registers>,
     line: EventFd,
 }
 
 impl MmioInterrupt {
-    fn raise(&self, bit: u32) -> io::Result<()> {
-        self.status.fetch_or(bit, Ordering::SeqCst);
+    /// Tells the driver to look at the configuration space and the status again.
+    fn changed(&self) -> io::Result<()> {
+        let generation = self.registers.get(reg::VIRTIO_MMIO_CONFIG_GENERATION);
+        self.registers.set(
+            reg::VIRTIO_MMIO_CONFIG_GENERATION,
+            generation.wrapping_add(1),
+        );
+        self.registers.add(
+            reg::VIRTIO_MMIO_INTERRUPT_STATUS,
+            reg::VIRTIO_MMIO_INT_CONFIG,
+        );
         self.line.write(1)
     }
 
-    /// What the driver reads.
-    fn status(&self) -> u32 {
-        self.status.load(Ordering::SeqCst) | self.always.load(Ordering::SeqCst)
+    /// The driver has heard of these.
+    fn heard(&self, bits: u32) {
+        self.registers.remove(
+            reg::VIRTIO_MMIO_INTERRUPT_STATUS,
+            bits & reg::VIRTIO_MMIO_INT_CONFIG,
+        );
     }
 }
 
 impl Interrupt for MmioInterrupt {
     fn queue(&self, _index: u16) -> io::Result<()> {
-        self.raise(reg::VIRTIO_MMIO_INT_VRING)
+        self.line.write(1)
     }
 
-    fn config(&self) -> io::Result<()> {
-        self.generation.fetch_add(1, Ordering::SeqCst);
-        self.raise(reg::VIRTIO_MMIO_INT_CONFIG)
+    fn config(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.registers.set_config(offset, bytes);
+        self.changed()
     }
 
     fn by_kernel(&self) -> io::Result<EventFd> {
-        let line = self.line.try_clone()?;
-        self.always
-            .store(reg::VIRTIO_MMIO_INT_VRING, Ordering::SeqCst);
-        Ok(line)
+        self.line.try_clone()
     }
 }
 
@@ -178,6 +187,7 @@ impl Slot {
 pub struct MmioTransport {
     device: Box<dyn VirtioDevice>,
     memory: Memory,
+    registers: Arc<Registers>,
     interrupt: Arc<MmioInterrupt>,
     failure: FailureSink,
     slots: Vec<Slot>,
@@ -205,15 +215,15 @@ impl MmioTransport {
             .iter()
             .map(|size| Slot::new(*size))
             .collect::<io::Result<_>>()?;
-        Ok(Self {
+        let registers = registers_of(device.as_ref());
+        let transport = Self {
             device,
             memory,
             interrupt: Arc::new(MmioInterrupt {
-                status: AtomicU32::new(0),
-                always: AtomicU32::new(0),
-                generation: AtomicU32::new(0),
+                registers: Arc::clone(&registers),
                 line,
             }),
+            registers,
             failure,
             slots,
             status: 0,
@@ -222,7 +232,14 @@ impl MmioTransport {
             device_features_select: 0,
             driver_features_select: 0,
             driver_features: 0,
-        })
+        };
+        transport.publish();
+        Ok(transport)
+    }
+
+    /// What the driver reads.
+    pub fn registers(&self) -> &Arc<Registers> {
+        &self.registers
     }
 
     /// The events by which the driver notifies each queue, in order; for ioeventfds on [`QUEUE_NOTIFY`].
@@ -230,34 +247,14 @@ impl MmioTransport {
         self.slots.iter().map(|slot| &slot.notify)
     }
 
-    /// Whether [`HEARD_OF_QUEUES`] never changes anything.
-    pub fn is_told_by_kernel(&self) -> bool {
-        self.device.is_told_by_kernel()
-    }
-
-    /// Reads from the window. What is not a register reads as zero.
-    pub fn read(&self, offset: u64, data: &mut [u8]) {
-        if offset >= CONFIG {
-            return self.device.read_config(offset - CONFIG, data);
-        }
-        data.fill(0);
-        if data.len() == 4 && offset.is_multiple_of(4) {
-            data.copy_from_slice(&self.read_register(offset as u32).to_le_bytes());
-        }
-    }
-
     /// Writes to the window. What the driver may not write now is ignored.
     pub fn write(&mut self, offset: u64, data: &[u8]) {
-        if offset >= CONFIG {
-            if self.status & DRIVER != 0 {
-                self.device.write_config(offset - CONFIG, data);
-            }
-            return;
-        }
         if let Ok(bytes) = <[u8; 4]>::try_from(data)
             && offset.is_multiple_of(4)
+            && offset < CONFIG
         {
             self.write_register(offset as u32, u32::from_le_bytes(bytes));
+            self.publish();
         }
     }
 
@@ -290,8 +287,9 @@ impl MmioTransport {
             device_features_select: self.device_features_select,
             driver_features_select: self.driver_features_select,
             driver_features: self.driver_features,
-            interrupt_status: self.interrupt.status.load(Ordering::SeqCst),
-            generation: self.interrupt.generation.load(Ordering::SeqCst),
+            interrupt_status: self.registers.get(reg::VIRTIO_MMIO_INTERRUPT_STATUS)
+                & reg::VIRTIO_MMIO_INT_CONFIG,
+            generation: self.registers.get(reg::VIRTIO_MMIO_CONFIG_GENERATION),
             queues: self.slots.iter().map(|slot| slot.said).collect(),
         }
     }
@@ -321,46 +319,39 @@ impl MmioTransport {
         self.device_features_select = state.device_features_select;
         self.driver_features_select = state.driver_features_select;
         self.driver_features = state.driver_features;
-        let interrupt = &self.interrupt;
-        interrupt
-            .status
-            .store(state.interrupt_status, Ordering::SeqCst);
-        interrupt
-            .generation
-            .store(state.generation, Ordering::SeqCst);
+        self.registers.set(
+            reg::VIRTIO_MMIO_INTERRUPT_STATUS,
+            state.interrupt_status & reg::VIRTIO_MMIO_INT_CONFIG,
+        );
+        self.registers
+            .set(reg::VIRTIO_MMIO_CONFIG_GENERATION, state.generation);
         for (slot, said) in self.slots.iter_mut().zip(&state.queues) {
             slot.said = *said;
         }
         if state.active {
             self.activate(true);
         }
+        self.publish();
         Ok(())
     }
 
-    fn slot(&self) -> Option<&Slot> {
-        self.slots.get(self.queue_select as usize)
-    }
-
-    fn read_register(&self, offset: u32) -> u32 {
-        match offset {
-            reg::VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
-            reg::VIRTIO_MMIO_VERSION => VERSION,
-            reg::VIRTIO_MMIO_DEVICE_ID => self.device.device_type(),
-            reg::VIRTIO_MMIO_VENDOR_ID => VENDOR,
-            reg::VIRTIO_MMIO_DEVICE_FEATURES => {
-                half(self.device.features(), self.device_features_select)
-            }
-            reg::VIRTIO_MMIO_QUEUE_NUM_MAX => self.slot().map_or(0, |slot| slot.max_size.into()),
-            reg::VIRTIO_MMIO_QUEUE_READY => self.slot().map_or(0, |slot| slot.said.ready.into()),
-            reg::VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.status(),
-            reg::VIRTIO_MMIO_STATUS => self.status,
-            // There is no shared memory: its length is all ones (§4.2.2.1).
-            reg::VIRTIO_MMIO_SHM_LEN_LOW
-            | reg::VIRTIO_MMIO_SHM_LEN_HIGH
-            | reg::VIRTIO_MMIO_SHM_BASE_LOW
-            | reg::VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
-            reg::VIRTIO_MMIO_CONFIG_GENERATION => self.interrupt.generation.load(Ordering::SeqCst),
-            _ => 0,
+    /// Has the registers say what depends on what the driver has written.
+    fn publish(&self) {
+        let slot = self.slots.get(self.queue_select as usize);
+        let features = half(self.device.features(), self.device_features_select);
+        for (register, value) in [
+            (reg::VIRTIO_MMIO_DEVICE_FEATURES, features),
+            (
+                reg::VIRTIO_MMIO_QUEUE_NUM_MAX,
+                slot.map_or(0, |slot| slot.max_size.into()),
+            ),
+            (
+                reg::VIRTIO_MMIO_QUEUE_READY,
+                slot.map_or(0, |slot| slot.said.ready.into()),
+            ),
+            (reg::VIRTIO_MMIO_STATUS, self.status),
+        ] {
+            self.registers.set(register, value);
         }
     }
 
@@ -371,9 +362,7 @@ impl MmioTransport {
             reg::VIRTIO_MMIO_DRIVER_FEATURES => self.write_features(value),
             reg::VIRTIO_MMIO_QUEUE_SEL => self.queue_select = value,
             reg::VIRTIO_MMIO_QUEUE_NOTIFY => self.notify(value),
-            reg::VIRTIO_MMIO_INTERRUPT_ACK => {
-                self.interrupt.status.fetch_and(!value, Ordering::SeqCst);
-            }
+            reg::VIRTIO_MMIO_INTERRUPT_ACK => self.interrupt.heard(value),
             reg::VIRTIO_MMIO_STATUS => self.write_status(value),
             reg::VIRTIO_MMIO_QUEUE_READY => self.write_ready(value),
             _ => self.write_queue(offset, value),
@@ -478,6 +467,12 @@ impl MmioTransport {
                 })
             })
             .collect();
+        // Before its worker can raise the line.
+        let (status, queues_used) = (
+            reg::VIRTIO_MMIO_INTERRUPT_STATUS,
+            reg::VIRTIO_MMIO_INT_VRING,
+        );
+        self.registers.add(status, queues_used);
         let activated = queues.is_some_and(|queues| {
             let activation = Activation {
                 memory: self.memory.clone(),
@@ -497,9 +492,11 @@ impl MmioTransport {
         if activated {
             self.active = true;
         } else {
+            self.registers.remove(status, queues_used);
             self.status |= NEEDS_RESET;
+            self.publish();
             // A driver that does not hear of it finds the bit in the status all the same.
-            let _ = self.interrupt.config();
+            let _ = self.interrupt.changed();
         }
     }
 
@@ -515,10 +512,28 @@ impl MmioTransport {
             self.device_features_select,
             self.driver_features_select,
         ) = (0, 0, 0);
-        self.interrupt.status.store(0, Ordering::SeqCst);
-        self.interrupt.always.store(0, Ordering::SeqCst);
+        self.registers.set(reg::VIRTIO_MMIO_INTERRUPT_STATUS, 0);
         self.slots.iter_mut().for_each(Slot::reset);
     }
+}
+
+/// What of a device's registers never changes.
+fn registers_of(device: &dyn VirtioDevice) -> Arc<Registers> {
+    let registers = Registers::new(device.config());
+    for (register, value) in [
+        (reg::VIRTIO_MMIO_MAGIC_VALUE, MAGIC),
+        (reg::VIRTIO_MMIO_VERSION, VERSION),
+        (reg::VIRTIO_MMIO_DEVICE_ID, device.device_type()),
+        (reg::VIRTIO_MMIO_VENDOR_ID, VENDOR),
+        // There is no shared memory: its length is all ones (§4.2.2.1).
+        (reg::VIRTIO_MMIO_SHM_LEN_LOW, u32::MAX),
+        (reg::VIRTIO_MMIO_SHM_LEN_HIGH, u32::MAX),
+        (reg::VIRTIO_MMIO_SHM_BASE_LOW, u32::MAX),
+        (reg::VIRTIO_MMIO_SHM_BASE_HIGH, u32::MAX),
+    ] {
+        registers.set(register, value);
+    }
+    registers
 }
 
 fn half(value: u64, select: u32) -> u32 {

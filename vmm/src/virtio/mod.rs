@@ -39,14 +39,13 @@ pub trait Interrupt: Send + Sync {
     /// What the kernel says of the eventfd or ioctl.
     fn queue(&self, index: u16) -> io::Result<()>;
 
-    /// Tell the driver that the configuration space has changed (virtio 1.2 §2.5).
+    /// Change bytes of the configuration space, at this offset, and tell the driver (virtio 1.2 §2.5).
     ///
     /// # Errors
     /// What the kernel says of the eventfd or ioctl.
-    fn config(&self) -> io::Result<()>;
+    fn config(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
 
-    /// An event by which the host's kernel itself tells the driver that queues have used buffers. Nobody in this process
-    /// notes which: from now on until the device is reset, each interrupt means that all queues may have.
+    /// An event by which the host's kernel itself tells the driver that queues have used buffers, any of them.
     ///
     /// # Errors
     /// What the kernel says when there is no descriptor for it.
@@ -128,15 +127,10 @@ pub trait VirtioDevice: Send {
     /// The features that the device offers, `VIRTIO_F_VERSION_1` among them.
     fn features(&self) -> u64;
 
-    /// Reads the device's configuration space. Bytes beyond its end read as zero.
-    fn read_config(&self, offset: u64, data: &mut [u8]);
-
-    /// Writes the device's configuration space. What cannot be written is ignored, as the driver is told by the specification.
-    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
-
-    /// Whether the host's kernel alone tells the driver of used buffers ([`Interrupt::by_kernel`]).
-    fn is_told_by_kernel(&self) -> bool {
-        false
+    /// The configuration space as the driver finds it first (virtio 1.2 §2.5). What becomes of it is told by
+    /// [`Interrupt::config`]; what the driver writes there is ignored.
+    fn config(&self) -> &[u8] {
+        &[]
     }
 
     /// Starts to serve the queues on the device's worker.
@@ -153,28 +147,4 @@ pub trait VirtioDevice: Send {
 
     /// Lets a parked worker go on.
     fn resume(&mut self);
-}
-
-/// Copies the part of a configuration space that `offset` and `data` name; beyond its end there are zeros.
-pub fn read_config_space(space: &[u8], offset: u64, data: &mut [u8]) {
-    data.fill(0);
-    let Some(rest) = usize::try_from(offset).ok().and_then(|o| space.get(o..)) else {
-        return;
-    };
-    let n = rest.len().min(data.len());
-    data[..n].copy_from_slice(&rest[..n]);
-}
-
-#[cfg(test)]
-mod tests {
-    use super::read_config_space;
-
-    #[test]
-    fn config_space_ends_in_zeros() {
-        let mut data = [9; 4];
-        read_config_space(&[1, 2, 3], 1, &mut data);
-        assert_eq!(data, [2, 3, 0, 0]);
-        read_config_space(&[1, 2, 3], u64::MAX, &mut data);
-        assert_eq!(data, [0; 4]);
-    }
 }

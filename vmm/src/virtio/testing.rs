@@ -60,7 +60,7 @@ pub fn memory() -> Memory {
 #[derive(Default)]
 pub struct Interrupts {
     queue: AtomicUsize,
-    config: AtomicUsize,
+    config: Mutex<Vec<(u64, Vec<u8>)>>,
     kernel: Mutex<Option<EventFd>>,
 }
 
@@ -70,9 +70,9 @@ impl Interrupts {
         self.queue.load(Ordering::SeqCst)
     }
 
-    /// Interrupts for configuration changes so far.
-    pub fn configs(&self) -> usize {
-        self.config.load(Ordering::SeqCst)
+    /// Configuration changes so far: where, and what is there now.
+    pub fn configs(&self) -> Vec<(u64, Vec<u8>)> {
+        self.config.lock().unwrap().clone()
     }
 
     /// The event that the kernel was given in place of [`Interrupt::queue`].
@@ -88,8 +88,8 @@ impl Interrupt for Interrupts {
         Ok(())
     }
 
-    fn config(&self) -> io::Result<()> {
-        self.config.fetch_add(1, Ordering::SeqCst);
+    fn config(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.config.lock().unwrap().push((offset, bytes.to_vec()));
         Ok(())
     }
 

@@ -97,10 +97,10 @@ impl Bus {
         }
     }
 
-    /// A memory-mapped read.
+    /// A memory-mapped read. Of windows the guest reads by itself where KVM has their registers.
     pub fn memory_read(&self, address: u64, data: &mut [u8]) {
         match self.window(address) {
-            Some((window, offset)) => window.read(offset, data),
+            Some((window, offset)) => window.registers().read(offset, data),
             None => data.fill(0xff),
         }
     }

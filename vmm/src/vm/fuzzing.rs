@@ -15,7 +15,7 @@ use super::{Bus, Console, Ending, SerialLine};
 use crate::arch::layout;
 use crate::fuzzing::input::Input;
 use crate::transport::mmio::MmioTransport;
-use crate::virtio::{Activation, DeviceError, Memory, VirtioDevice, read_config_space};
+use crate::virtio::{Activation, DeviceError, Memory, VirtioDevice};
 
 const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1 | 0x3000_0021;
 const SIZES: [u16; 2] = [8, 256];
@@ -52,8 +52,8 @@ impl VirtioDevice for Checked {
         FEATURES
     }
 
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_config_space(&self.config, offset, data);
+    fn config(&self) -> &[u8] {
+        &self.config
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {

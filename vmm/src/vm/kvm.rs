@@ -3,10 +3,11 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::Arc;
 
 use kvm_bindings::{
     KVM_API_VERSION, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    kvm_clock_data, kvm_irqchip, kvm_userspace_memory_region, kvm_xcrs,
+    KVM_MEM_READONLY, kvm_clock_data, kvm_irqchip, kvm_userspace_memory_region, kvm_xcrs,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
@@ -17,14 +18,16 @@ use crate::arch::cpuid::{Cpuid, CpuidError};
 use crate::arch::layout;
 use crate::arch::regs::{self, RegsError};
 use crate::template::{MachineState, Overlay, Saver, TemplateError, kvm};
+use crate::transport::Registers;
 use crate::transport::mmio::{HEARD_OF_QUEUES, MmioTransport, QUEUE_NOTIFY};
 
 /// What a machine cannot do without.
-const NEEDED: [(Cap, &str); 5] = [
+const NEEDED: [(Cap, &str); 6] = [
     (Cap::Irqchip, "an interrupt controller in the kernel"),
     (Cap::Ioeventfd, "ioeventfd"),
     (Cap::Irqfd, "irqfd"),
     (Cap::UserMemory, "user memory regions"),
+    (Cap::ReadonlyMem, "memory that a guest only reads"),
     (Cap::ImmediateExit, "immediate exit"),
 ];
 
@@ -96,6 +99,8 @@ pub struct KvmVm {
     vm: VmFd,
     kvm: Kvm,
     memory: GuestMemoryMmap,
+    /// The windows that the guest reads by itself, behind `memory` in KVM's slots.
+    windows: Vec<Arc<Registers>>,
 }
 
 impl KvmVm {
@@ -123,7 +128,12 @@ impl KvmVm {
         vm.create_irq_chip()
             .map_err(ioctl("make interrupt controllers"))?;
         let memory = map(&vm, bytes, content)?;
-        Ok(Self { vm, kvm, memory })
+        Ok(Self {
+            vm,
+            kvm,
+            memory,
+            windows: Vec::new(),
+        })
     }
 
     /// The guest's memory.
@@ -143,31 +153,36 @@ impl KvmVm {
         Ok(line)
     }
 
-    /// Lets the driver's notifications reach the device without an exit to this process, and what need not reach it go
-    /// nowhere.
+    /// Lets the guest read a window, the driver's notifications reach the device, and what need not reach it go nowhere,
+    /// all without an exit to this process.
     ///
     /// # Errors
-    /// [`KvmError::Ioctl`].
-    pub fn connect_notifications(
-        &self,
-        transport: &MmioTransport,
-        window: u64,
-    ) -> Result<(), KvmError> {
+    /// [`KvmError`].
+    pub fn connect(&mut self, transport: &MmioTransport, window: u64) -> Result<(), KvmError> {
+        let registers = transport.registers();
+        let region = kvm_userspace_memory_region {
+            slot: (self.memory.num_regions() + self.windows.len()) as u32,
+            flags: KVM_MEM_READONLY,
+            guest_phys_addr: window,
+            memory_size: layout::VIRTIO_MMIO_SIZE,
+            userspace_addr: registers.address(),
+        };
+        // SAFETY: the page is ours, has this length, and lives as long as the VM: see `KvmVm`.
+        unsafe { self.vm.set_user_memory_region(region) }
+            .map_err(ioctl("let the guest read a device's registers"))?;
+        self.windows.push(Arc::clone(registers));
         let at = IoEventAddress::Mmio(window + QUEUE_NOTIFY);
         for (index, event) in transport.notify_events().enumerate() {
             self.vm
                 .register_ioevent(event, &at, index as u32)
                 .map_err(ioctl("connect a queue's notification"))?;
         }
-        if transport.is_told_by_kernel() {
-            // An exit less for each interrupt. Nobody waits for the event.
-            let (register, value) = HEARD_OF_QUEUES;
-            let at = IoEventAddress::Mmio(window + register);
-            self.vm
-                .register_ioevent(&EventFd::new(EFD_NONBLOCK)?, &at, value)
-                .map_err(ioctl("connect a driver's acknowledgement"))?;
-        }
-        Ok(())
+        // Nobody waits for this event.
+        let (register, value) = HEARD_OF_QUEUES;
+        let at = IoEventAddress::Mmio(window + register);
+        self.vm
+            .register_ioevent(&EventFd::new(EFD_NONBLOCK)?, &at, value)
+            .map_err(ioctl("connect a driver's acknowledgement"))
     }
 
     /// Makes the vCPUs. The first one will begin at `entry`, the others wait to be woken by it.

@@ -91,10 +91,6 @@ impl VirtioDevice for Balloon {
     }
 
     /// `struct virtio_balloon_config` (§5.5.4): no page is wanted. What the driver writes as `actual` is of no use.
-    fn read_config(&self, _offset: u64, data: &mut [u8]) {
-        data.fill(0);
-    }
-
     fn activate(&mut self, mut activation: Activation) -> Result<(), DeviceError> {
         let rings = if self.queues(activation.features) > REPORTS {
             Vec::from(service::rings::<3>(DEVICE, &mut activation)?)

@@ -32,7 +32,7 @@ pub use self::layers::{LayerError, Layers};
 use super::queue::Ring;
 use super::service::{self, Service};
 use super::worker::{Handler, Poll};
-use super::{Activation, DeviceError, Memory, VirtioDevice, read_config_space};
+use super::{Activation, DeviceError, Memory, VirtioDevice};
 use crate::threads::Kind;
 
 const DEVICE: &str = "virtio-blk";
@@ -133,8 +133,8 @@ impl VirtioDevice for Block {
         }
     }
 
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_config_space(&self.config, offset, data);
+    fn config(&self) -> &[u8] {
+        &self.config
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), DeviceError> {

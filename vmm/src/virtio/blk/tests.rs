@@ -116,12 +116,8 @@ fn identity_and_configuration_are_told() {
     let mut s = Setup::new(8, false);
     assert_eq!(s.request(8, 0, &[Desc::write(DATA, 20)]), (OK, 21));
     assert_eq!(s.driver.bytes(DATA, 20)[..7], *b"disk-0\0");
-    let mut capacity = [0; 8];
-    s.device.read_config(0, &mut capacity);
-    assert_eq!(u64::from_le_bytes(capacity), 8);
-    let mut segments = [0; 4];
-    s.device.read_config(12, &mut segments);
-    assert_eq!(u32::from_le_bytes(segments), 254);
+    assert_eq!(s.device.config()[..8], 8_u64.to_le_bytes());
+    assert_eq!(s.device.config()[12..16], 254_u32.to_le_bytes());
     assert_eq!(s.device.features() & 1 << VIRTIO_BLK_F_RO, 0);
 }
 
@@ -312,9 +308,7 @@ fn a_disk_is_raw_whatever_is_in_it() {
     // Opened anew, as after a restart.
     let file = OpenOptions::new().read(true).open(s.image.path()).unwrap();
     let device = Block::new(file.into(), "disk-0", true).unwrap();
-    let mut capacity = [0; 8];
-    device.read_config(0, &mut capacity);
-    assert_eq!(u64::from_le_bytes(capacity), 4);
+    assert_eq!(device.config()[..8], 4_u64.to_le_bytes());
     assert_eq!(
         s.request(0, 0, &[Desc::write(DATA + 0x1000, 512)]),
         (OK, 513)

@@ -33,7 +33,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use self::handler::Requests;
 use self::share::Share;
 use super::service::{self, Service};
-use super::{Activation, DeviceError, VirtioDevice, read_config_space};
+use super::{Activation, DeviceError, VirtioDevice};
 use crate::threads::Kind;
 
 const DEVICE: &str = "virtio-fs";
@@ -132,8 +132,8 @@ impl VirtioDevice for Fs {
         1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX
     }
 
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_config_space(&self.config, offset, data);
+    fn config(&self) -> &[u8] {
+        &self.config
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), DeviceError> {

@@ -5,7 +5,6 @@
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use vm_memory::GuestAddressSpace;
@@ -14,9 +13,9 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::super::worker::{Handler, Poll};
 use super::super::{Activation, ActiveQueue, DeviceError, Interrupt, Memory};
-use super::DEVICE;
 use super::tap::Tap;
 use super::vhost::{Events, Refused, Vhost};
+use super::{DEVICE, unplug};
 
 const BROKEN: u64 = 0;
 
@@ -35,7 +34,6 @@ pub struct Delegate {
     plug: Plug,
     memory: Memory,
     interrupt: Arc<dyn Interrupt>,
-    link: Arc<AtomicBool>,
     /// Receive, then transmit, as the kernel numbers them, too.
     queues: Vec<ActiveQueue>,
     features: u64,
@@ -66,12 +64,11 @@ impl Lines {
 
 impl Delegate {
     /// Takes everything; [`Handler::start`] hands it to the kernel.
-    pub fn new(plug: Plug, activation: Activation, lines: Lines, link: Arc<AtomicBool>) -> Self {
+    pub fn new(plug: Plug, activation: Activation, lines: Lines) -> Self {
         Self {
             plug,
             memory: activation.memory,
             interrupt: activation.interrupt,
-            link,
             queues: activation.queues,
             features: activation.features,
             call: lines.call,
@@ -104,8 +101,7 @@ impl Delegate {
         }
         self.look = None;
         self.detach()?;
-        self.link.store(false, Ordering::Release);
-        self.interrupt.config().map_err(DeviceError::host(DEVICE))?;
+        unplug(self.interrupt.as_ref())?;
         Ok(false)
     }
 }

@@ -87,7 +87,6 @@ pub fn net(data: &[u8]) {
         Tap::from_socket(tap, false).expect("a socket"),
         guest.memory.clone(),
         Arc::new(NoInterrupt),
-        Arc::new(AtomicBool::new(true)),
         (receive, transmit),
         features,
     );

@@ -5,7 +5,6 @@
 //! level-triggered: no state exists in which both the tap and the ring wait for the other.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
@@ -15,8 +14,8 @@ use vmm_sys_util::epoll::EventSet;
 use super::super::queue::{BUDGET, Chain, Ring, Used};
 use super::super::worker::{Handler, Poll};
 use super::super::{DeviceError, Interrupt, Memory};
-use super::DEVICE;
 use super::tap::{HEADER, MOST, Outcome, Tap};
+use super::{DEVICE, unplug};
 
 const RECEIVE: u64 = 0;
 const TRANSMIT: u64 = 1;
@@ -32,7 +31,6 @@ pub struct Frames {
     tap: Tap,
     memory: Memory,
     interrupt: Arc<dyn Interrupt>,
-    link: Arc<AtomicBool>,
     receive: Ring,
     transmit: Ring,
     mergeable: bool,
@@ -60,7 +58,6 @@ impl Frames {
         tap: Tap,
         memory: Memory,
         interrupt: Arc<dyn Interrupt>,
-        link: Arc<AtomicBool>,
         (receive, transmit): (Ring, Ring),
         features: u64,
     ) -> Self {
@@ -68,7 +65,6 @@ impl Frames {
             tap,
             memory,
             interrupt,
-            link,
             receive,
             transmit,
             mergeable: features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0,
@@ -205,8 +201,7 @@ impl Frames {
         if self.polled.take().is_some() {
             poll.remove(self.tap.fd())
                 .map_err(DeviceError::host(DEVICE))?;
-            self.link.store(false, Ordering::Release);
-            self.interrupt.config().map_err(DeviceError::host(DEVICE))?;
+            unplug(self.interrupt.as_ref())?;
         }
         Ok(())
     }

@@ -16,7 +16,6 @@ mod vhost;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use caisson_vmm_protocol::RateLimit;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -33,7 +32,7 @@ use self::handler::Frames;
 use self::tap::Tap;
 use self::vhost::Vhost;
 use super::service::{self, Service};
-use super::{Activation, DeviceError, VirtioDevice, read_config_space};
+use super::{Activation, DeviceError, Interrupt, VirtioDevice};
 use crate::threads::Kind;
 
 const DEVICE: &str = "virtio-net";
@@ -67,11 +66,12 @@ pub enum NetError {
     GroupAddress,
 }
 
+/// Where the state of the link is in the configuration space, in bytes.
+const LINK: usize = 6;
+
 /// A network device.
 pub struct Net {
-    mac: [u8; 6],
-    mtu: u16,
-    link: Arc<AtomicBool>,
+    config: [u8; 12],
     limit: RateLimit,
     service: By,
 }
@@ -128,9 +128,7 @@ impl Net {
 
     fn with(service: By, mac: [u8; 6], mtu: u16) -> Self {
         Self {
-            mac,
-            mtu,
-            link: Arc::new(AtomicBool::new(true)),
+            config: config(mac, mtu),
             limit: RateLimit::default(),
             service,
         }
@@ -144,6 +142,23 @@ impl Net {
 }
 
 /// Whether a device can have these.
+/// `struct virtio_net_config` (virtio 1.2 §5.1.4) of a device whose link is up.
+fn config(mac: [u8; 6], mtu: u16) -> [u8; 12] {
+    let mut space = [0; 12];
+    space[..6].copy_from_slice(&mac);
+    space[LINK..][..2].copy_from_slice(&(VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
+    space[8..10].copy_from_slice(&1u16.to_le_bytes()); // max_virtqueue_pairs
+    space[10..].copy_from_slice(&mtu.to_le_bytes());
+    space
+}
+
+/// Tells the driver that there is no cable any more.
+fn unplug(interrupt: &dyn Interrupt) -> Result<(), DeviceError> {
+    interrupt
+        .config(LINK as u64, &[0; 2])
+        .map_err(DeviceError::host(DEVICE))
+}
+
 fn check(mac: [u8; 6], mtu: u16) -> Result<(), NetError> {
     if mtu < 68 {
         return Err(NetError::Mtu(mtu));
@@ -187,24 +202,11 @@ impl VirtioDevice for Net {
         .fold(0, |all, bit| all | 1 << bit)
     }
 
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        // struct virtio_net_config (§5.1.4).
-        let mut space = [0; 12];
-        space[..6].copy_from_slice(&self.mac);
-        if self.link.load(Ordering::Acquire) {
-            space[6..8].copy_from_slice(&(VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
-        }
-        space[8..10].copy_from_slice(&1u16.to_le_bytes()); // max_virtqueue_pairs
-        space[10..].copy_from_slice(&self.mtu.to_le_bytes());
-        read_config_space(&space, offset, data);
-    }
-
-    fn is_told_by_kernel(&self) -> bool {
-        matches!(self.service, By::Kernel(_))
+    fn config(&self) -> &[u8] {
+        &self.config
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
-        let link = Arc::clone(&self.link);
         let features = activation.features;
         let failure = Arc::clone(&activation.failure);
         let mut offload = Ok(());
@@ -217,14 +219,14 @@ impl VirtioDevice for Net {
                 let (memory, interrupt) = (activation.memory, activation.interrupt);
                 service.start(failure, |tap| {
                     offload = tap.set_offload(features);
-                    Frames::new(tap, memory, interrupt, link, (receive, transmit), features)
+                    Frames::new(tap, memory, interrupt, (receive, transmit), features)
                 })?;
             }
             By::Kernel(service) => {
                 let lines = Lines::new(activation.interrupt.as_ref())?;
                 service.start(failure, |plug| {
                     offload = plug.tap.set_offload(features);
-                    Delegate::new(plug, activation, lines, link)
+                    Delegate::new(plug, activation, lines)
                 })?;
             }
         }

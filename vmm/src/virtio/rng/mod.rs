@@ -56,10 +56,6 @@ impl VirtioDevice for Rng {
         1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX
     }
 
-    fn read_config(&self, _offset: u64, data: &mut [u8]) {
-        data.fill(0);
-    }
-
     fn activate(&mut self, mut activation: Activation) -> Result<(), DeviceError> {
         let [ring] = service::rings(DEVICE, &mut activation)?;
         let memory = activation.memory;

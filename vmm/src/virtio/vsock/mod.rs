@@ -48,7 +48,7 @@ use muxer::Muxer;
 
 use super::queue::Ring;
 use super::worker::Worker;
-use super::{Activation, DeviceError, VirtioDevice, read_config_space};
+use super::{Activation, DeviceError, VirtioDevice};
 use crate::threads::Kind;
 
 const NAME: &str = "virtio-vsock";
@@ -74,7 +74,8 @@ pub enum VsockError {
 
 /// The vsock device.
 pub struct Vsock {
-    cid: u32,
+    /// The guest's context ID (virtio 1.2 §5.10.4).
+    config: [u8; 8],
     requests: Arc<Requests>,
     /// Here while the device is not active; the worker has it otherwise.
     muxer: Option<Muxer>,
@@ -100,7 +101,7 @@ impl Vsock {
         let requests = Requests::new()?;
         let muxer = Muxer::new(cid, listener, Arc::clone(&requests), knocked)?;
         Ok(Self {
-            cid,
+            config: u64::from(cid).to_le_bytes(),
             requests,
             muxer: Some(muxer),
             worker: None,
@@ -142,8 +143,8 @@ impl VirtioDevice for Vsock {
             | 1 << VIRTIO_VSOCK_F_STREAM
     }
 
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_config_space(&u64::from(self.cid).to_le_bytes(), offset, data);
+    fn config(&self) -> &[u8] {
+        &self.config
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
