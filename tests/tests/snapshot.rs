@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use caisson_proto::cri;
 use caisson_tests::{
-    Container, ContainerOptions, Disk, Node, NodeOptions, Pod, PodOptions, of_host, read_log,
+    Container, ContainerOptions, Disk, IMAGE, Node, NodeOptions, Pod, PodOptions, of_host, read_log,
 };
 use cri::ContainerState;
 
@@ -220,6 +220,15 @@ async fn a_pod_that_is_left_running_goes_on_and_so_does_its_copy_later() {
         node.remove(&pod).await;
     }
     node.assert_nothing_left().await;
+
+    // An image that has gone meanwhile is named.
+    caisson(&node, &["rmi", IMAGE]).unwrap();
+    let refused = restore(&node, &dir).unwrap_err();
+    assert!(
+        refused.contains("an image of the pod is not on this node"),
+        "{refused}"
+    );
+    node.load_image();
 
     // What is not whole, or not as it was, is refused, and nothing comes of it.
     damage(&dir.join("memory"));
