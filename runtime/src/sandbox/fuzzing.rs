@@ -27,15 +27,18 @@ pub(crate) async fn answer_line(said: &[u8]) {
 /// What a watcher hears of a pod process, until it says how it ended or is gone.
 pub(crate) async fn events(said: &[u8]) {
     let (ours, mut theirs) = tokio::net::UnixStream::pair().expect("sockets");
-    for frame in said.split(|byte| *byte == 0xff) {
-        let length = (frame.len() as u32).to_le_bytes();
-        theirs
-            .write_all(&[&length, frame].concat())
-            .await
-            .expect("room");
-    }
-    drop(theirs);
-    let (drained, reason): (BTreeSet<String>, _) = follow(ours).await;
+    let frames = said.split(|byte| *byte == 0xff);
+    let all: Vec<u8> = frames
+        .flat_map(|frame| [&(frame.len() as u32).to_le_bytes(), frame].concat())
+        .collect();
+    // At the same time: a socket has room for some hundreds of frames, however small they are.
+    let (_, (drained, reason)): (_, (BTreeSet<String>, _)) = tokio::join!(
+        async move {
+            // A watcher that has heard enough hangs up.
+            let _ = theirs.write_all(&all).await;
+        },
+        follow(ours)
+    );
     assert!(drained.len() <= said.len());
     if let Some(reason) = reason {
         let _ = sentence(&reason);
