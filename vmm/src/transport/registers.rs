@@ -10,8 +10,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use virtio_bindings::virtio_mmio as reg;
 
-/// The size of a window, and of the page, in bytes.
-pub const SIZE: usize = 4096;
+use crate::arch::layout;
+
+/// The size of the page, which is that of a window, in bytes.
+const SIZE: usize = layout::VIRTIO_MMIO_SIZE as usize;
 /// Where a device's configuration space begins in its window (virtio 1.2 §4.2.2), in bytes.
 pub const CONFIG: u64 = reg::VIRTIO_MMIO_CONFIG as u64;
 
