@@ -187,7 +187,6 @@ impl Slot {
 pub struct MmioTransport {
     device: Box<dyn VirtioDevice>,
     memory: Memory,
-    registers: Arc<Registers>,
     interrupt: Arc<MmioInterrupt>,
     failure: FailureSink,
     slots: Vec<Slot>,
@@ -219,11 +218,7 @@ impl MmioTransport {
         let transport = Self {
             device,
             memory,
-            interrupt: Arc::new(MmioInterrupt {
-                registers: Arc::clone(&registers),
-                line,
-            }),
-            registers,
+            interrupt: Arc::new(MmioInterrupt { registers, line }),
             failure,
             slots,
             status: 0,
@@ -239,7 +234,7 @@ impl MmioTransport {
 
     /// What the driver reads.
     pub fn registers(&self) -> &Arc<Registers> {
-        &self.registers
+        &self.interrupt.registers
     }
 
     /// The events by which the driver notifies each queue, in order; for ioeventfds on [`QUEUE_NOTIFY`].
@@ -287,9 +282,9 @@ impl MmioTransport {
             device_features_select: self.device_features_select,
             driver_features_select: self.driver_features_select,
             driver_features: self.driver_features,
-            interrupt_status: self.registers.get(reg::VIRTIO_MMIO_INTERRUPT_STATUS)
+            interrupt_status: self.registers().get(reg::VIRTIO_MMIO_INTERRUPT_STATUS)
                 & reg::VIRTIO_MMIO_INT_CONFIG,
-            generation: self.registers.get(reg::VIRTIO_MMIO_CONFIG_GENERATION),
+            generation: self.registers().get(reg::VIRTIO_MMIO_CONFIG_GENERATION),
             queues: self.slots.iter().map(|slot| slot.said).collect(),
         }
     }
@@ -319,11 +314,11 @@ impl MmioTransport {
         self.device_features_select = state.device_features_select;
         self.driver_features_select = state.driver_features_select;
         self.driver_features = state.driver_features;
-        self.registers.set(
+        self.registers().set(
             reg::VIRTIO_MMIO_INTERRUPT_STATUS,
             state.interrupt_status & reg::VIRTIO_MMIO_INT_CONFIG,
         );
-        self.registers
+        self.registers()
             .set(reg::VIRTIO_MMIO_CONFIG_GENERATION, state.generation);
         for (slot, said) in self.slots.iter_mut().zip(&state.queues) {
             slot.said = *said;
@@ -351,7 +346,7 @@ impl MmioTransport {
             ),
             (reg::VIRTIO_MMIO_STATUS, self.status),
         ] {
-            self.registers.set(register, value);
+            self.registers().set(register, value);
         }
     }
 
@@ -472,7 +467,7 @@ impl MmioTransport {
             reg::VIRTIO_MMIO_INTERRUPT_STATUS,
             reg::VIRTIO_MMIO_INT_VRING,
         );
-        self.registers.add(status, queues_used);
+        self.registers().add(status, queues_used);
         let activated = queues.is_some_and(|queues| {
             let activation = Activation {
                 memory: self.memory.clone(),
@@ -492,7 +487,7 @@ impl MmioTransport {
         if activated {
             self.active = true;
         } else {
-            self.registers.remove(status, queues_used);
+            self.registers().remove(status, queues_used);
             self.status |= NEEDS_RESET;
             self.publish();
             // A driver that does not hear of it finds the bit in the status all the same.
@@ -512,7 +507,7 @@ impl MmioTransport {
             self.device_features_select,
             self.driver_features_select,
         ) = (0, 0, 0);
-        self.registers.set(reg::VIRTIO_MMIO_INTERRUPT_STATUS, 0);
+        self.registers().set(reg::VIRTIO_MMIO_INTERRUPT_STATUS, 0);
         self.slots.iter_mut().for_each(Slot::reset);
     }
 }
