@@ -19,26 +19,16 @@ fn here() -> Dependencies {
 
 fn container(id: char, state: ContainerState) -> ContainerRecord {
     ContainerRecord {
-        id: id.to_string().repeat(64),
-        sandbox_id: "a".repeat(64),
-        name: format!("c_{id}"),
         state,
-        created_at: 1,
         started_at: 2,
-        finished_at: 0,
-        exit_code: 0,
-        reason: String::new(),
-        message: String::new(),
-        config: Proto::default(),
-        resources: Proto::default(),
-        image_id: String::new(),
-        image_ref: String::new(),
-        layers: Vec::new(),
         log_path: "/var/log/c.log".into(),
-        stop_signal: 15,
-        process: serde_json::Value::Null,
         guest_pid: 3,
-        user: None,
+        ..ContainerRecord::first(
+            id.to_string().repeat(64),
+            "a".repeat(64),
+            format!("c_{id}"),
+            1,
+        )
     }
 }
 

@@ -188,3 +188,31 @@ pub struct ContainerRecord {
     #[serde(default)]
     pub user: Option<UserRecord>,
 }
+
+impl ContainerRecord {
+    /// The first record of a container, before it is known what it is to be.
+    pub fn first(id: String, sandbox_id: String, name: String, created_at: i64) -> Self {
+        Self {
+            id,
+            sandbox_id,
+            name,
+            state: ContainerState::Creating,
+            created_at,
+            started_at: 0,
+            finished_at: 0,
+            exit_code: 0,
+            reason: String::new(),
+            message: String::new(),
+            config: Proto(cri::ContainerConfig::default()),
+            resources: Proto(cri::LinuxContainerResources::default()),
+            image_id: String::new(),
+            image_ref: String::new(),
+            layers: Vec::new(),
+            log_path: PathBuf::new(),
+            stop_signal: libc::SIGTERM,
+            process: serde_json::Value::Null,
+            guest_pid: 0,
+            user: None,
+        }
+    }
+}

@@ -8,43 +8,18 @@ use super::super::metrics;
 use super::super::registry::{Container, Pod};
 use super::exits::End;
 use super::stats::{convert, interfaces};
-use crate::store::{ContainerRecord, ContainerState, Proto, SandboxRecord, SandboxState};
+use crate::store::{ContainerRecord, ContainerState, SandboxRecord, SandboxState};
 
 fn container() -> Arc<Container> {
     let pod = Pod::new(SandboxRecord {
-        id: "p".into(),
-        name: "p".into(),
-        handler: String::new(),
-        kind: Default::default(),
-        created_at: 1,
         state: SandboxState::Ready,
-        reason: String::new(),
-        silence: None,
-        config: Proto::default(),
-        network: None,
-        user: 0,
+        ..SandboxRecord::first("p".into(), "p".into(), 1)
     });
     let record = ContainerRecord {
-        id: "c".into(),
-        sandbox_id: "p".into(),
-        name: "c".into(),
         state: ContainerState::Running,
-        created_at: 1,
         started_at: 1,
-        finished_at: 0,
-        exit_code: 0,
-        reason: String::new(),
-        message: String::new(),
-        config: Proto::default(),
-        resources: Proto::default(),
-        image_id: String::new(),
-        image_ref: String::new(),
-        layers: Vec::new(),
-        log_path: Default::default(),
-        stop_signal: 15,
-        process: serde_json::Value::Null,
         guest_pid: 1,
-        user: None,
+        ..ContainerRecord::first("c".into(), "p".into(), "c".into(), 1)
     };
     Container::new(record, pod)
 }

@@ -3,13 +3,12 @@
 use std::path::{Component, Path, PathBuf};
 
 use caisson_proto::cri;
-use serde_json::Value;
 
 use crate::cri::registry::{Pod, now};
 use crate::cri::spec::signal;
 use crate::cri::{CriError, new_id};
 use crate::image::Image;
-use crate::store::{ContainerRecord, ContainerState, Proto};
+use crate::store::{ContainerRecord, Proto};
 
 /// The record of a container that is about to be made in a pod.
 ///
@@ -47,20 +46,11 @@ pub(super) fn of(
         .as_ref()
         .and_then(|linux| linux.resources.clone())
         .unwrap_or_default();
+    let name = format!(
+        "{}_{}_{}_{}_{}",
+        metadata.name, of.name, of.namespace, of.uid, metadata.attempt
+    );
     Ok(ContainerRecord {
-        id: new_id(),
-        sandbox_id: pod.id.clone(),
-        name: format!(
-            "{}_{}_{}_{}_{}",
-            metadata.name, of.name, of.namespace, of.uid, metadata.attempt
-        ),
-        state: ContainerState::Creating,
-        created_at: now(),
-        started_at: 0,
-        finished_at: 0,
-        exit_code: 0,
-        reason: String::new(),
-        message: String::new(),
         config: Proto(config),
         resources: Proto(resources),
         image_id: image.id.clone(),
@@ -72,9 +62,7 @@ pub(super) fn of(
             .collect(),
         log_path,
         stop_signal,
-        process: Value::Null,
-        guest_pid: 0,
-        user: None,
+        ..ContainerRecord::first(new_id(), pod.id.clone(), name, now())
     })
 }
 
