@@ -180,28 +180,28 @@ async fn make(
     };
     let config = &record.config.0;
     let linux = config.linux.clone().unwrap_or_default();
-    let (vcpus, memory_mib) = size::machine(config, &context.config.microvm);
-    let scratch = match record.kind {
-        HandlerKind::MicroVm => scratch::of(config, &context.config.microvm, memory_mib)?,
-        HandlerKind::Host => scratch::on_host(config, &context.config.host)?,
+    let size = match record.kind {
+        HandlerKind::MicroVm => size::plan(config, &context.config.microvm)?,
+        HandlerKind::Host => SandboxPlan {
+            scratch: scratch::on_host(config, &context.config.host)?,
+            ..SandboxPlan::default()
+        },
     };
     let plan = SandboxPlan {
         id: pod.id.clone(),
         hostname: hostname(config, &pod.id),
         dns: dns::of(config, on_host_network(config)).await,
-        vcpus,
-        memory_mib,
         cgroup_parent: linux.cgroup_parent,
         port,
         shared_pid_namespace: shares_pid(config),
         sysctls: linux.sysctls.into_iter().collect(),
-        scratch,
         host: HostNamespaces {
             network: on_host_network(config),
             ipc: namespaces(config).ipc() == cri::NamespaceMode::Node,
         },
         ids,
         user: record.user,
+        ..size
     };
     let network = connect(context, pod, &plan, timings.clone());
     let started = sandbox::start(context, record.kind, &plan, network.clone(), timings, vm).await;
