@@ -14,10 +14,10 @@ use super::control::{ControlError, Ping};
 use super::{PodProcess, process};
 use crate::sandbox::agent::{self, ProtocolError};
 
-/// The pause between an answer and the next question.
-const EVERY: Duration = Duration::from_millis(1500);
+/// The pause between an answer and the next question. Each question wakes a guest that may be idle, and there are hundreds.
+const EVERY: Duration = Duration::from_secs(2);
 /// How long an answer may take: with the pause before it, less than 5 s pass until a silence is noticed.
-const LIMIT: Duration = Duration::from_secs(3);
+const LIMIT: Duration = Duration::from_millis(2500);
 /// In such portions the time is counted.
 const PORTION: Duration = Duration::from_millis(500);
 /// The longest that a pod which gets no CPU may take.
