@@ -39,7 +39,7 @@ run_where_kvm_works() {
   if "$build/caisson" doctor --kvm-works >&2; then
     timeout --foreground -k 30 "$limit" "$@"
   else
-    "$root/scripts/kvm-lab" --mem "${CAISSON_LAB_MEM:-8G}" --smp "${CAISSON_LAB_SMP:-2}" --append "${lab_words-}" --timeout "$limit" --cwd "$root" --out "$out" -- "$@"
+    "$root/scripts/kvm-lab" --mem "${CAISSON_LAB_MEM:-8G}" --append "${lab_words-}" --timeout "$limit" --cwd "$root" --out "$out" -- "$@"
   fi
 }
 
