@@ -2,53 +2,11 @@
 
 use std::io;
 
+use caisson_proto::CAPABILITIES;
+use nix::errno::Errno;
+
 use super::Step;
 use crate::engine::spec::{Capabilities, SpecError};
-
-/// Names in the order of their numbers (linux/capability.h).
-const NAMES: [&str; 41] = [
-    "CHOWN",
-    "DAC_OVERRIDE",
-    "DAC_READ_SEARCH",
-    "FOWNER",
-    "FSETID",
-    "KILL",
-    "SETGID",
-    "SETUID",
-    "SETPCAP",
-    "LINUX_IMMUTABLE",
-    "NET_BIND_SERVICE",
-    "NET_BROADCAST",
-    "NET_ADMIN",
-    "NET_RAW",
-    "IPC_LOCK",
-    "IPC_OWNER",
-    "SYS_MODULE",
-    "SYS_RAWIO",
-    "SYS_CHROOT",
-    "SYS_PTRACE",
-    "SYS_PACCT",
-    "SYS_ADMIN",
-    "SYS_BOOT",
-    "SYS_NICE",
-    "SYS_RESOURCE",
-    "SYS_TIME",
-    "SYS_TTY_CONFIG",
-    "MKNOD",
-    "LEASE",
-    "AUDIT_WRITE",
-    "AUDIT_CONTROL",
-    "SETFCAP",
-    "MAC_OVERRIDE",
-    "MAC_ADMIN",
-    "SYSLOG",
-    "WAKE_ALARM",
-    "BLOCK_SUSPEND",
-    "AUDIT_READ",
-    "PERFMON",
-    "BPF",
-    "CHECKPOINT_RESTORE",
-];
 
 /// The five sets as masks.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -64,7 +22,7 @@ fn mask(names: &[String], set: &str) -> Result<u64, SpecError> {
     names.iter().try_fold(0, |mask, name| {
         let number = name
             .strip_prefix("CAP_")
-            .and_then(|short| NAMES.iter().position(|known| *known == short));
+            .and_then(|short| CAPABILITIES.iter().position(|known| *known == short));
         match number {
             Some(number) => Ok(mask | 1 << number),
             None => Err(SpecError::invalid(
@@ -187,11 +145,8 @@ fn set(effective: u64, permitted: u64, inheritable: u64) -> io::Result<()> {
     let data = [half(0), half(32)];
     // SAFETY: version 3 reads a header and two data structs.
     let result = unsafe { libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr()) };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    Errno::result(result)?;
+    Ok(())
 }
 
 /// Makes all that is permitted effective again, after a change of user has cleared it.

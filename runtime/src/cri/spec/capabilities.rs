@@ -1,54 +1,9 @@
 //! Capabilities of a container's process.
 
-use caisson_proto::cri;
+use caisson_proto::{CAPABILITIES, cri};
 use serde_json::{Value, json};
 
 use super::super::CriError;
-
-/// All capabilities, in the kernel's order (capability.h).
-const ALL: [&str; 41] = [
-    "CHOWN",
-    "DAC_OVERRIDE",
-    "DAC_READ_SEARCH",
-    "FOWNER",
-    "FSETID",
-    "KILL",
-    "SETGID",
-    "SETUID",
-    "SETPCAP",
-    "LINUX_IMMUTABLE",
-    "NET_BIND_SERVICE",
-    "NET_BROADCAST",
-    "NET_ADMIN",
-    "NET_RAW",
-    "IPC_LOCK",
-    "IPC_OWNER",
-    "SYS_MODULE",
-    "SYS_RAWIO",
-    "SYS_CHROOT",
-    "SYS_PTRACE",
-    "SYS_PACCT",
-    "SYS_ADMIN",
-    "SYS_BOOT",
-    "SYS_NICE",
-    "SYS_RESOURCE",
-    "SYS_TIME",
-    "SYS_TTY_CONFIG",
-    "MKNOD",
-    "LEASE",
-    "AUDIT_WRITE",
-    "AUDIT_CONTROL",
-    "SETFCAP",
-    "MAC_OVERRIDE",
-    "MAC_ADMIN",
-    "SYSLOG",
-    "WAKE_ALARM",
-    "BLOCK_SUSPEND",
-    "AUDIT_READ",
-    "PERFMON",
-    "BPF",
-    "CHECKPOINT_RESTORE",
-];
 
 /// What a container has that asks for nothing: the set that container runtimes have in common.
 const DEFAULT: [&str; 14] = [
@@ -72,7 +27,8 @@ const DEFAULT: [&str; 14] = [
 fn parse(name: &str) -> Result<&'static str, CriError> {
     let upper = name.to_ascii_uppercase();
     let bare = upper.strip_prefix("CAP_").unwrap_or(&upper);
-    ALL.iter()
+    CAPABILITIES
+        .iter()
         .find(|known| **known == bare)
         .copied()
         .ok_or_else(|| {
@@ -94,12 +50,12 @@ pub fn bounding(
     security: &cri::LinuxContainerSecurityContext,
 ) -> Result<Vec<&'static str>, CriError> {
     if security.privileged {
-        return Ok(ALL.to_vec());
+        return Ok(CAPABILITIES.to_vec());
     }
     let asked = security.capabilities.clone().unwrap_or_default();
     let mut set: Vec<&'static str> = DEFAULT.to_vec();
     if asked.add_capabilities.iter().any(|name| is_all(name)) {
-        set = ALL.to_vec();
+        set = CAPABILITIES.to_vec();
     }
     if asked.drop_capabilities.iter().any(|name| is_all(name)) {
         set.clear();
@@ -120,7 +76,11 @@ pub fn bounding(
         let capability = parse(name)?;
         set.retain(|c| *c != capability);
     }
-    Ok(ALL.iter().filter(|c| set.contains(c)).copied().collect())
+    Ok(CAPABILITIES
+        .iter()
+        .filter(|c| set.contains(c))
+        .copied()
+        .collect())
 }
 
 /// `process.capabilities`. The inheritable set is empty, but for ambient ones, so that a file's inheritable
@@ -182,8 +142,11 @@ mod tests {
         );
         assert!(!with(&[], &["NET_RAW"]).unwrap().contains(&"NET_RAW"));
         assert_eq!(with(&["CHOWN"], &["ALL"]).unwrap(), ["CHOWN"]);
-        assert_eq!(with(&["ALL"], &[]).unwrap().len(), ALL.len());
-        assert_eq!(with(&["ALL"], &["SYS_ADMIN"]).unwrap().len(), ALL.len() - 1);
+        assert_eq!(with(&["ALL"], &[]).unwrap().len(), CAPABILITIES.len());
+        assert_eq!(
+            with(&["ALL"], &["SYS_ADMIN"]).unwrap().len(),
+            CAPABILITIES.len() - 1
+        );
         assert!(with(&["FLY"], &[]).unwrap_err().message.contains("FLY"));
     }
 }
