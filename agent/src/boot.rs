@@ -4,19 +4,16 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
-use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sys::resource::{Resource, setrlimit};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use nix::unistd::{chdir, chroot};
 use thiserror::Error;
 
 use crate::log::{self, Level, Timing};
-use crate::{paths, warn};
+use crate::{loopback, paths, warn};
 
 /// Why the guest could not be brought up.
 #[derive(Debug, Error)]
@@ -146,7 +143,7 @@ pub fn settle() -> Result<(), BootError> {
         || format!("set the limit of open files to {FILES_MAX}"),
     )?;
     timing.lap("parameters");
-    step(loopback_up(), || "bring lo up".into())?;
+    step(loopback::up(), || "bring lo up".into())?;
     timing.lap("lo");
     timing.tell("settle");
     Ok(())
@@ -227,24 +224,4 @@ pub fn enable_controllers() -> Result<(), BootError> {
     step(fs::write(&control, wanted.join(" ")), || {
         format!("enable {} in {}", wanted.join(" "), control.display())
     })
-}
-
-/// Brings the loopback interface up; its addresses come with it.
-pub(crate) fn loopback_up() -> io::Result<()> {
-    let socket = socket(
-        AddressFamily::Inet,
-        SockType::Datagram,
-        SockFlag::SOCK_CLOEXEC,
-        None,
-    )?;
-    // SAFETY: all zeroes is a valid ifreq.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (place, byte) in request.ifr_name.iter_mut().zip(b"lo") {
-        *place = *byte as libc::c_char;
-    }
-    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
-    // SAFETY: the socket is open and the kernel reads one ifreq.
-    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &request) };
-    Errno::result(result)?;
-    Ok(())
 }

@@ -19,7 +19,7 @@ use nix::unistd::{chdir, pivot_root};
 
 use crate::boot::{self, BootError, step};
 use crate::log::{self, Level};
-use crate::{engine, paths};
+use crate::{engine, loopback, paths};
 
 /// Controllers without which a pod's limits and figures would not hold.
 const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
@@ -224,7 +224,7 @@ fn leave(options: &Options) -> Result<Own, BootError> {
         })?;
     }
     if options.network == Network::New {
-        step(boot::loopback_up(), || "bring lo up".into())?;
+        step(loopback::up(), || "bring lo up".into())?;
     }
     Ok(Own {
         network: options.network != Network::Host,

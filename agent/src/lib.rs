@@ -9,6 +9,7 @@ pub mod disks;
 pub mod engine;
 pub mod host;
 pub mod log;
+mod loopback;
 pub mod paths;
 pub mod reaper;
 pub mod sandbox;

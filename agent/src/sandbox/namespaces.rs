@@ -14,7 +14,7 @@ use nix::sched::{CloneFlags, setns};
 use super::plan::UserIds;
 use super::{Context, SandboxError, create_dir, network};
 use crate::sandbox::plan::Interface;
-use crate::{boot, engine, paths};
+use crate::{boot, engine, loopback, paths};
 
 /// The namespaces beside the user namespace.
 #[derive(Debug)]
@@ -50,7 +50,7 @@ pub fn create(ids: &UserIds) -> Result<(), SandboxError> {
         field: "user_namespace",
         reason: "is made once".into(),
     })?;
-    inside(boot::loopback_up)
+    inside(loopback::up)
         .flatten()
         .context(|| "bring the pod's lo up".into())
 }

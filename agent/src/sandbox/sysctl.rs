@@ -5,6 +5,8 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
+
 use super::{Context, SandboxError};
 
 /// The path below `/proc/sys` of a sysctl's name, written with dots (`net.ipv4.ip_forward`) or, when a part has
@@ -52,11 +54,8 @@ fn act_as(user: u32) -> io::Result<()> {
     // SAFETY: takes numbers only, and changes nothing but the credentials of this thread.
     let result =
         unsafe { libc::syscall(libc::SYS_setresuid, SAME, libc::c_long::from(user), SAME) };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    Errno::result(result)?;
+    Ok(())
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use super::{During, Step, console, devices, hooks, mounts, process, root, stage,
 use crate::engine::channel::{Channel, Message};
 use crate::engine::plan::{Create, Exec};
 use crate::engine::spec::{Hooks, Linux, NamespaceKind, Process};
+use crate::loopback;
 
 /// Sets a container up and executes its process.
 ///
@@ -43,7 +44,7 @@ pub(super) fn run(
         unshare(CloneFlags::CLONE_NEWCGROUP).during(|| "make a cgroup namespace".into())?;
     }
     if new(NamespaceKind::Network) {
-        process::loopback_up().during(|| "bring the loopback interface up".into())?;
+        loopback::up().during(|| "bring the loopback interface up".into())?;
     }
     if !spec.hostname.is_empty() {
         nix::unistd::sethostname(&spec.hostname)

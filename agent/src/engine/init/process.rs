@@ -7,6 +7,7 @@ use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
+use nix::errno::Errno;
 use nix::sys::stat::{Mode, fstat, umask};
 use nix::unistd::{Gid, Uid, fchown, setgroups, setresgid, setresuid};
 
@@ -167,7 +168,7 @@ fn own_streams(uid: u32) {
 /// Enters a directory, making it if it is missing.
 fn enter(directory: &str) -> io::Result<()> {
     match nix::unistd::chdir(directory) {
-        Err(nix::errno::Errno::ENOENT) => {
+        Err(Errno::ENOENT) => {
             fs::DirBuilder::new().recursive(true).create(directory)?;
             fs::set_permissions(directory, fs::Permissions::from_mode(0o755))?;
             Ok(nix::unistd::chdir(directory)?)
@@ -310,44 +311,12 @@ pub(crate) fn personality(wanted: &Personality) -> Result<libc::c_ulong, String>
     }
 }
 
-/// Brings the loopback interface of a new network namespace up.
-pub(super) fn loopback_up() -> io::Result<()> {
-    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
-    let socket = socket(
-        AddressFamily::Inet,
-        SockType::Datagram,
-        SockFlag::SOCK_CLOEXEC,
-        None,
-    )?;
-    // SAFETY: a struct of integers and a union of such, for which zero is a value.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    request.ifr_name[0] = b'l' as libc::c_char;
-    request.ifr_name[1] = b'o' as libc::c_char;
-    request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
-    // SAFETY: this request reads one struct ifreq.
-    let result = unsafe {
-        libc::ioctl(
-            std::os::fd::AsRawFd::as_raw_fd(&socket),
-            libc::SIOCSIFFLAGS,
-            &raw const request,
-        )
-    };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
-}
-
 /// Sets the NIS domain name of the UTS namespace.
 pub(super) fn set_domain_name(name: &str) -> io::Result<()> {
     // SAFETY: reads as many bytes as it is told.
     let result = unsafe { libc::setdomainname(name.as_ptr().cast(), name.len()) };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    Errno::result(result)?;
+    Ok(())
 }
 
 #[cfg(test)]

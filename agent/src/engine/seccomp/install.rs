@@ -2,6 +2,8 @@
 
 use std::io;
 
+use nix::errno::Errno;
+
 use super::Filter;
 
 /// Installs a filter on the calling process, for good.
@@ -32,9 +34,6 @@ pub(crate) fn install(filter: &Filter) -> io::Result<()> {
             &raw const program,
         )
     };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    Errno::result(result)?;
+    Ok(())
 }
