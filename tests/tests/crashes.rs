@@ -44,8 +44,8 @@ async fn a_pod_that_is_written_or_restored_is_there_once_and_moves() {
     };
     walk.node.restart().await;
     let pod = walk.node.pod("written").await;
-    walk.snapshot(&pod).await;
-    walk.restore(&pod).await;
+    let written = walk.snapshot(&pod).await;
+    walk.restore(&pod, &written).await;
 }
 
 /// A node whose daemon dies at one step after another.
@@ -228,40 +228,39 @@ impl Walk {
         self.node.assert_nothing_left().await;
     }
 
-    /// Snapshot: the pod goes on with the next daemon, but for the last step, after which it is all in the directory. Of the others
-    /// only the one that leaves most behind: each costs a walk through the pod's memory by a daemon that is not optimized.
-    async fn snapshot(&mut self, pod: &Pod) {
+    /// Snapshot: the pod goes on with the next daemon, but for the last step, after which it is all in the directory. Tells
+    /// where that is.
+    async fn snapshot(&mut self, pod: &Pod) -> cli::RestoreRequest {
         let container = self
             .node
             .run(pod, "c", "while :; do echo tick; sleep 0.2; done")
             .await;
-        for step in &[Step::MachineWritten, Step::SnapshotPodEnds] {
+        let mut written = cli::RestoreRequest::default();
+        for step in steps::SNAPSHOT {
             self.armed(*step).await;
-            let path = self
-                .node
-                .root()
-                .join(format!("{step:?}"))
-                .display()
-                .to_string();
+            let dir = self.node.root().join(format!("{step:?}"));
+            let path = dir.display().to_string();
             let request = cli::SnapshotRequest {
                 pod_sandbox_id: pod.id.clone(),
-                path,
+                path: path.clone(),
                 leave_running: false,
             };
             let answer = self.node.cli.snapshot(request).await;
             self.is_cut(answer, *step).await;
-            let log = || fs::metadata(&container.log).unwrap().len();
-            let before = log();
+            let before = log_length(&container);
             self.node.restart().await;
+            written = cli::RestoreRequest { path };
             if *step == Step::SnapshotPodEnds {
                 break;
             }
-            let deadline = Instant::now() + Duration::from_secs(60);
-            while log() == before {
-                assert!(Instant::now() < deadline, "it stands still after {step:?}");
-                tokio::time::sleep(Duration::from_millis(50)).await;
-            }
+            grows(&container, before, *step).await;
             self.node.says(&container, "true").await;
+            // What is there of the snapshot is not taken for a whole one, and a whole one not for another pod.
+            let refused = self.node.cli.restore(written.clone()).await.unwrap_err();
+            let whole = *step == Step::SnapshotWritten;
+            let reason = ["not a whole snapshot", "is here already"][usize::from(whole)];
+            assert!(refused.message().contains(reason), "{step:?}: {refused}");
+            fs::remove_dir_all(dir).unwrap();
         }
         let deadline = Instant::now() + Duration::from_secs(60);
         while !self.pods().await.is_empty() {
@@ -269,30 +268,30 @@ impl Walk {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         self.node.assert_nothing_left().await;
+        written
     }
 
-    /// Restore: half of it is taken back, and it can be asked for again.
-    async fn restore(&mut self, pod: &Pod) {
-        let last = self
-            .node
-            .root()
-            .join(format!("{:?}", Step::SnapshotPodEnds));
-        let request = cli::RestoreRequest {
-            path: last.display().to_string(),
-        };
-        let step = Step::PodRestored;
-        self.armed(step).await;
-        let answer = self.node.cli.restore(request.clone()).await;
-        self.is_cut(answer, step).await;
+    /// Restore: half of it is taken back, and it can be asked for again. Once the records say so, the pod is there.
+    async fn restore(&mut self, pod: &Pod, written: &cli::RestoreRequest) {
+        for step in steps::RESTORE {
+            self.armed(*step).await;
+            assert!(self.pods().await.is_empty() && self.containers().await.is_empty());
+            self.node.assert_nothing_left().await;
+            let answer = self.node.cli.restore(written.clone()).await;
+            self.is_cut(answer, *step).await;
+        }
         self.node.restart().await;
-        assert!(self.pods().await.is_empty() && self.containers().await.is_empty());
-        self.node.assert_nothing_left().await;
-        self.node.cli.restore(request).await.unwrap();
         let pods = self.pods().await;
         assert_eq!(pods.len(), 1, "{pods:?}");
         assert_eq!(pods[0].id, pod.id);
         let all = self.containers().await;
+        assert_eq!(all.len(), 1, "{all:?}");
         assert_eq!(all[0].state(), ContainerState::ContainerRunning);
+        let container = Container {
+            id: all[0].id.clone(),
+            log: self.node.dir().join("logs/written/c.log"),
+        };
+        grows(&container, log_length(&container), Step::RestoreSaved).await;
         self.node.remove(pod).await;
         self.node.assert_nothing_left().await;
     }
@@ -306,7 +305,7 @@ impl Walk {
     /// The container's process was started once.
     async fn begun_once(&self, container: &Container) {
         let deadline = Instant::now() + Duration::from_secs(30);
-        while fs::metadata(&container.log).map_or(0, |log| log.len()) == 0 {
+        while log_length(container) == 0 {
             assert!(Instant::now() < deadline, "the container says nothing");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -333,5 +332,18 @@ impl Walk {
         pods.map(|pod| fs::read_dir(pod.unwrap().path().join("share.host/c")))
             .map(|containers| containers.unwrap().count())
             .sum()
+    }
+}
+
+fn log_length(container: &Container) -> u64 {
+    fs::metadata(&container.log).map_or(0, |log| log.len())
+}
+
+/// A container goes on saying something after the daemon died at this step.
+async fn grows(container: &Container, from: u64, step: Step) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while log_length(container) <= from {
+        assert!(Instant::now() < deadline, "it stands still after {step:?}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use caisson_proto::cri;
 use caisson_tests::{
-    Container, ContainerOptions, Disk, IMAGE, Node, NodeOptions, Pod, PodOptions, of_host, read_log,
+    Container, ContainerOptions, Disk, IMAGE, ImageMaker, Node, NodeOptions, Pod, PodOptions,
+    of_host, read_log,
 };
 use cri::ContainerState;
 
@@ -171,6 +172,55 @@ async fn a_pod_goes_on_where_it_was() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_pod_with_users_of_its_own_keeps_them() {
+    let Some(node) = Node::start().await else {
+        return;
+    };
+    let dir = node.root().join("snapshot");
+    let all = |host_id| {
+        vec![cri::IdMapping {
+            host_id,
+            container_id: 0,
+            length: 65_536,
+        }]
+    };
+    let namespaces = Some(cri::NamespaceOption {
+        userns_options: Some(cri::UserNamespace {
+            mode: cri::NamespaceMode::Pod.into(),
+            uids: all(65_536),
+            gids: all(131_072),
+        }),
+        ..cri::NamespaceOption::default()
+    });
+    let options = PodOptions {
+        namespaces: namespaces.clone(),
+        ..PodOptions::default()
+    };
+    let pod = node.pod_with("users", options).await.unwrap();
+    let in_pod = || ContainerOptions {
+        namespaces: namespaces.clone(),
+        ..ContainerOptions::default()
+    };
+    let early = node.run_with(&pod, "early", "sleep 100000", in_pod()).await;
+    node.says(&early, "echo kept >/kept; chown 1000:2000 /kept")
+        .await;
+    let show = "cat /proc/self/uid_map /proc/self/gid_map; stat -c %u:%g /kept /bin; cat /kept";
+    let before = node.says(&early, show).await;
+    assert!(before.contains("1000:2000"), "{before}");
+
+    assert_eq!(snapshot(&node, &pod, &dir).unwrap(), pod.id);
+    assert_eq!(restore(&node, &dir).unwrap(), pod.id);
+    assert_eq!(node.says(&early, show).await, before);
+    let late = node.run_with(&pod, "late", "sleep 100000", in_pod()).await;
+    let maps = "cat /proc/self/uid_map /proc/self/gid_map";
+    let (of_early, of_late) = (node.says(&early, maps).await, node.says(&late, maps).await);
+    assert_eq!(of_early, of_late);
+    assert!(of_late.contains("65536"), "{of_late}");
+    node.remove(&pod).await;
+    node.assert_nothing_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_pod_that_is_left_running_goes_on_and_so_does_its_copy_later() {
     // A clone of a template: its memory is a file's in part.
     let options = NodeOptions {
@@ -297,6 +347,23 @@ async fn what_cannot_be_written_goes_on() {
     });
     assert!(refused.contains("an exec runs in it"), "{refused}");
     assert_eq!(exec.unwrap().0, 0);
+    // More layers than a message to a pod process has descriptors.
+    let many = "docker.io/library/layers:many";
+    let layers = (0..caisson::snapshot::MOST_LAYERS).fold(ImageMaker::new(), |maker, layer| {
+        maker.files(&[("number", &layer.to_string())])
+    });
+    layers.load(&node, many);
+    let of_many = ContainerOptions {
+        image: Some(many.into()),
+        ..ContainerOptions::default()
+    };
+    let layered = node.run_with(&pod, "many", "sleep 100000", of_many).await;
+    let refused = snapshot(&node, &pod, &dir).unwrap_err();
+    assert!(
+        refused.contains("image layers, and one with more than 48 cannot be written"),
+        "{refused}"
+    );
+    node.remove_container(&layered.id).await;
     // A disk that has no room for it: half of it is written, and removed.
     let disk = Disk::new(64, &[]);
     disk.leave(8 << 10);
