@@ -101,6 +101,7 @@ impl Agent for Service {
             protocol: AGENT_PROTOCOL,
             agent_version: env!("CARGO_PKG_VERSION").into(),
             kernel_release: release.trim_end().into(),
+            health_stream: true,
         }))
     }
 

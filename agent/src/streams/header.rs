@@ -27,6 +27,8 @@ pub enum Header {
     },
     /// A connection to a port inside the pod, 1 to 65535.
     Dial(u16),
+    /// Each byte back, as a sign of life.
+    Health,
     /// An orderly end of the guest.
     Shutdown,
 }
@@ -42,7 +44,7 @@ pub enum HeaderError {
     TooLong,
     /// Not a request.
     #[error(
-        "the header line is not \"STREAM <container> <exec or -> <stdin|stdin keep|stdout|stderr|tty>\", \"DIAL <port>\" or \"SHUTDOWN\""
+        "the header line is not \"STREAM <container> <exec or -> <stdin|stdin keep|stdout|stderr|tty>\", \"DIAL <port>\", \"HEALTH\" or \"SHUTDOWN\""
     )]
     Malformed,
     /// An id that cannot exist.
@@ -59,6 +61,7 @@ impl Header {
         let line = std::str::from_utf8(line).map_err(|_| HeaderError::Malformed)?;
         let words: Vec<&str> = line.split(' ').collect();
         match words[..] {
+            ["HEALTH"] => Ok(Self::Health),
             ["SHUTDOWN"] => Ok(Self::Shutdown),
             ["DIAL", port] if !port.starts_with('+') => match port.parse() {
                 Ok(port @ 1..) => Ok(Self::Dial(port)),
@@ -116,6 +119,7 @@ mod tests {
 
     #[test]
     fn requests() {
+        assert_eq!(Header::parse(b"HEALTH").unwrap(), Header::Health);
         assert_eq!(Header::parse(b"SHUTDOWN").unwrap(), Header::Shutdown);
         assert_eq!(
             Header::parse(b"STREAM web-1 - stdout").unwrap(),
@@ -147,6 +151,7 @@ mod tests {
         for line in [
             &b""[..],
             b"SHUTDOWN ",
+            b"HEALTH c",
             b"STREAM a - out",
             b"STREAM a - stdout extra",
             b"STREAM a - stdout keep",

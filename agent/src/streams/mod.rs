@@ -10,7 +10,7 @@ mod tests;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::Semaphore;
 
 pub use endpoint::{Endpoint, Kind};
@@ -75,6 +75,7 @@ where
     };
     let (container, exec, kind, keep) = match header.0 {
         Header::Dial(port) => return forward(client, port, &header.1).await,
+        Header::Health => return echo(client, &header.1).await,
         Header::Shutdown => {
             if client.write_all(b"OK\n").await.is_ok() {
                 let _ = client.shutdown().await;
@@ -126,6 +127,22 @@ where
     match dial::serve(client, application, first).await {
         Ok(()) => debug!("port {port} served"),
         Err(error) => debug!("port {port}: {error}"),
+    }
+}
+
+/// Sends each byte back, for as long as the client sends some.
+async fn echo<S>(mut client: S, first: &[u8])
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let answer = [b"OK\n", first].concat();
+    let mut answered = client.write_all(&answer).await;
+    let mut bytes = [0; 16];
+    while answered.is_ok() {
+        answered = match client.read(&mut bytes).await {
+            Ok(0) | Err(_) => return,
+            Ok(count) => client.write_all(&bytes[..count]).await,
+        };
     }
 }
 

@@ -84,6 +84,26 @@ async fn what_a_finished_process_wrote_is_read_to_its_end() {
 }
 
 #[tokio::test]
+async fn each_question_is_answered_with_itself() {
+    let processes = one(Kind::Stdout, pipe().0);
+    let (mut client, answer) = connect(&processes, "HEALTH\nfirst").await;
+    assert_eq!(answer, "OK");
+    let mut first = [0; 5];
+    client.read_exact(&mut first).await.unwrap();
+    assert_eq!(&first, b"first");
+    for question in 0..=u8::MAX {
+        client.write_u8(question).await.unwrap();
+        assert_eq!(client.read_u8().await.unwrap(), question);
+    }
+    client.shutdown().await.unwrap();
+    assert_eq!(
+        client.read(&mut first).await.unwrap(),
+        0,
+        "it ends with the client"
+    );
+}
+
+#[tokio::test]
 async fn large_output_arrives_byte_for_byte_with_a_slow_reader() {
     // must-test: half-close, large streams both ways, a slow reader
     let (reader, writer) = pipe();

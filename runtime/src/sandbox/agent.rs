@@ -61,6 +61,9 @@ pub enum ProtocolError {
     /// It did not answer.
     #[error("{}", .0.message())]
     Silent(#[from] tonic::Status),
+    /// Its connection broke, or it answered something else.
+    #[error(transparent)]
+    Broken(#[from] io::Error),
     /// It speaks another protocol.
     #[error(
         "its agent (version {version}) speaks agent protocol {theirs}, this daemon speaks {AGENT_PROTOCOL}; install both from one release"
@@ -73,18 +76,18 @@ pub enum ProtocolError {
     },
 }
 
-/// Asks an agent which protocol it speaks.
+/// Asks an agent which protocol it speaks, and whether it has the stream that [`Echo`] needs.
 ///
 /// # Errors
 /// It does not answer, or it is another than the daemon's.
-pub async fn check_protocol(client: &mut AgentClient<Channel>) -> Result<(), ProtocolError> {
+pub async fn check_protocol(client: &mut AgentClient<Channel>) -> Result<bool, ProtocolError> {
     let answer = client.version(proto::VersionRequest {}).await?;
     understands(answer.into_inner())
 }
 
-fn understands(agent: proto::VersionResponse) -> Result<(), ProtocolError> {
+fn understands(agent: proto::VersionResponse) -> Result<bool, ProtocolError> {
     if agent.protocol == AGENT_PROTOCOL {
-        return Ok(());
+        return Ok(agent.health_stream);
     }
     // It is the guest's word.
     let printable = agent.agent_version.chars().filter(|c| !c.is_control());
@@ -204,6 +207,37 @@ pub async fn stream(address: &Address, header: &str) -> io::Result<UnixStream> {
     .await
 }
 
+/// Asks an agent again and again whether it goes on.
+#[derive(Default)]
+pub struct Echo {
+    stream: Option<UnixStream>,
+    asked: u8,
+}
+
+impl Echo {
+    /// Waits for an answer, for as long as it takes. Who gives this up asks on another connection the next time.
+    ///
+    /// # Errors
+    /// The connection's, or a wrong answer; the next question gets another connection.
+    pub async fn ask(&mut self, address: &Address) -> io::Result<()> {
+        let mut stream = match self.stream.take() {
+            Some(stream) => stream,
+            None => stream(address, "HEALTH\n").await?,
+        };
+        self.asked = self.asked.wrapping_add(1);
+        stream.write_u8(self.asked).await?;
+        let answer = stream.read_u8().await?;
+        if answer != self.asked {
+            return Err(io::Error::other(format!(
+                "the agent was asked {} and answered {answer}",
+                self.asked
+            )));
+        }
+        self.stream = Some(stream);
+        Ok(())
+    }
+}
+
 async fn bounded<T>(work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
     tokio::time::timeout(CONNECT_TIMEOUT, work)
         .await
@@ -267,8 +301,9 @@ mod tests {
             protocol,
             agent_version: "9.9\n".into(),
             kernel_release: String::new(),
+            health_stream: true,
         };
-        understands(agent(AGENT_PROTOCOL)).unwrap();
+        assert!(understands(agent(AGENT_PROTOCOL)).unwrap());
         let refused = understands(agent(AGENT_PROTOCOL + 1)).unwrap_err();
         let refused = refused.to_string();
         assert!(
@@ -291,6 +326,34 @@ mod tests {
         assert!(say(answer(&["OK 5\n", "ERR no such container\n"]).await).contains("no such"));
         assert!(say(answer(&["NO\n"]).await).contains("port 1025"));
         assert!(say(answer(&[""]).await).contains("refused"));
+    }
+
+    #[tokio::test]
+    async fn an_answer_is_to_the_question() {
+        let dir = tempfile::tempdir().unwrap();
+        let address = Address::Host {
+            agent: dir.path().join("a"),
+            streams: dir.path().join("s"),
+        };
+        let listener = UnixListener::bind(dir.path().join("s")).unwrap();
+        let server = tokio::spawn(async move {
+            // The second answer is one that nobody has asked for.
+            for answers in [&[1, 1][..], &[3]] {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                assert_eq!(read_line(&mut stream).await.unwrap(), "HEALTH");
+                stream.write_all(b"OK\n").await.unwrap();
+                for answer in answers {
+                    stream.read_u8().await.unwrap();
+                    stream.write_u8(*answer).await.unwrap();
+                }
+            }
+        });
+        let mut echo = Echo::default();
+        echo.ask(&address).await.unwrap();
+        let wrong = echo.ask(&address).await.unwrap_err().to_string();
+        assert!(wrong.contains("asked 2 and answered 1"), "{wrong}");
+        echo.ask(&address).await.unwrap();
+        server.await.unwrap();
     }
 
     #[tokio::test]

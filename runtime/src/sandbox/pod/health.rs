@@ -12,7 +12,7 @@ use tokio::sync::watch;
 
 use super::control::{ControlError, Ping};
 use super::{PodProcess, process};
-use crate::sandbox::agent::{self, ProtocolError};
+use crate::sandbox::agent::{self, Echo, ProtocolError};
 
 /// The pause between an answer and the next question. Each question wakes a guest that may be idle, and there are hundreds.
 const EVERY: Duration = Duration::from_secs(2);
@@ -77,8 +77,7 @@ pub async fn tend(pod: &PodProcess) {
 #[derive(Default)]
 struct Asker {
     ping: Ping,
-    /// The agent has said that it speaks this daemon's protocol.
-    understood: bool,
+    way: Way,
 }
 
 impl Asker {
@@ -89,7 +88,7 @@ impl Asker {
         let answer = async {
             tokio::try_join!(
                 ask_process(pod, &mut self.ping, &process),
-                ask_agent(pod, &mut self.understood, &agent),
+                ask_agent(pod, &mut self.way, &agent),
             )
         };
         tokio::pin!(answer);
@@ -157,18 +156,10 @@ async fn ask_process(pod: &PodProcess, ping: &mut Ping, party: &Party) -> Result
     }
 }
 
-async fn ask_agent(pod: &PodProcess, understood: &mut bool, party: &Party) -> Result<(), String> {
-    let mut client = pod.agent();
+async fn ask_agent(pod: &PodProcess, way: &mut Way, party: &Party) -> Result<(), String> {
     loop {
-        let answer = if *understood {
-            let answer = client.health(proto::HealthRequest {}).await;
-            answer.map(drop).map_err(ProtocolError::from)
-        } else {
-            agent::check_protocol(&mut client).await
-        };
-        match answer {
+        match way.ask(pod).await {
             Ok(()) => {
-                *understood = true;
                 party.answered.store(true, Ordering::Relaxed);
                 return Ok(());
             }
@@ -176,6 +167,34 @@ async fn ask_agent(pod: &PodProcess, understood: &mut bool, party: &Party) -> Re
             Err(error) => party.note(&error),
         }
         tokio::time::sleep(AGAIN).await;
+    }
+}
+
+/// How an agent is asked.
+#[derive(Default)]
+enum Way {
+    /// It has not said yet which protocol it speaks.
+    #[default]
+    Unknown,
+    /// By a byte.
+    Echo(Echo),
+    /// By a call: it is of a release that has no other way.
+    Call,
+}
+
+impl Way {
+    async fn ask(&mut self, pod: &PodProcess) -> Result<(), ProtocolError> {
+        match self {
+            Self::Unknown => {
+                *self = match agent::check_protocol(&mut pod.agent()).await? {
+                    true => Self::Echo(Echo::default()),
+                    false => Self::Call,
+                };
+            }
+            Self::Echo(echo) => echo.ask(&pod.address).await?,
+            Self::Call => drop(pod.agent().health(proto::HealthRequest {}).await?),
+        }
+        Ok(())
     }
 }
 
