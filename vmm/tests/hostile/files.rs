@@ -173,6 +173,48 @@ fn a_link_is_never_followed_for_the_guest() {
     }
 }
 
+/// Flags that no open file can be given, at OPEN and later.
+#[test]
+fn flags_of_a_request_do_not_reach_an_open_file() {
+    let Some(host) = Host::new() else { return };
+    fs::write(host.share().join("f"), "f").unwrap();
+    let stated = [libc::O_RDONLY, libc::O_PATH, libc::O_NOATIME, -1];
+    let console = host.survived("flags", |p| {
+        let mut client = Client::new(p);
+        // Kept behind the request: the number of the file, and of the handle.
+        const NODE: u64 = 0x800;
+        const HANDLE: u64 = 0x808;
+        client.ask(p, LOOKUP, ROOT, &name("f"), |_, _, _| {});
+        let mut from = 16; // in the answer (fuse_entry_out, and then fuse_open_out)
+        for flags in [libc::O_RDONLY, libc::O_PATH, libc::O_NOATIME] {
+            let body = [flags as u32, 0].map(u32::to_le_bytes).concat();
+            client.ask(p, OPEN, 0, &body, |p, request, reply| {
+                if from != 0 {
+                    p.copy(reply + from, request + NODE, 8);
+                }
+                p.copy(request + NODE, request + 16, 8);
+            });
+            from = 16;
+            for later in stated {
+                let body = [0, 0, 0, 0, 9, 0, 0, 0, later as u32, 0].map(u32::to_le_bytes);
+                client.ask(p, READ, 0, &body.concat(), |p, request, reply| {
+                    if from != 0 {
+                        p.copy(reply + from, request + HANDLE, 8);
+                    }
+                    p.copy(request + NODE, request + 16, 8);
+                    p.copy(request + HANDLE, request + 40, 8);
+                });
+                from = 0;
+            }
+        }
+    });
+    let answers: Vec<_> = console.lines().collect();
+    assert_eq!(answers.len(), 2 + 3 * (1 + stated.len()) + 1, "{console}");
+    for answer in &answers[..answers.len() - 1] {
+        assert_eq!(*answer, "00000000", "{console}");
+    }
+}
+
 /// Sets a flag when it goes, however a test ends.
 struct AtEnd<'a>(&'a AtomicBool);
 

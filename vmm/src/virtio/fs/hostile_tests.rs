@@ -1,6 +1,7 @@
 //! What a hostile guest sends.
 
 use std::fs;
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use super::super::VirtioDevice;
@@ -20,7 +21,7 @@ fn sizes_that_lie_are_refused_without_taking_memory_for_them() {
     assert!(s.read(READ, f, handle, u32::MAX).0 != 0);
     assert!(s.read(READDIR, ROOT, handle, u32::MAX).0 != 0);
     // More than there is to write: what is there is written.
-    s.ask(WRITE, f, &write_in(handle, b"abc", u32::MAX));
+    s.ask(WRITE, f, &write_in(handle, b"abc", u32::MAX, libc::O_RDWR));
     assert_eq!(fs::read(s.share().join("f")).unwrap(), b"abc");
     let ioctl = [
         handle.to_le_bytes().to_vec(),
@@ -38,6 +39,70 @@ fn sizes_that_lie_are_refused_without_taking_memory_for_them() {
         let reply = s.requests.bytes(REPLY, 16);
         assert!(i32::from_le_bytes(reply[4..8].try_into().unwrap()) < 0);
     }
+    assert!(s.failures.try_recv().is_err());
+}
+
+/// Flags that the kernel refuses to set (F_SETFL) on a file that is open. The passthrough would close its descriptor.
+#[test]
+fn flags_that_a_guest_states_later_do_not_reach_the_open_file() {
+    let mut s = Setup::new();
+    fs::write(s.share().join("f"), "f").unwrap();
+    fs::create_dir(s.share().join("d")).unwrap();
+    let (f, d) = (s.lookup(ROOT, "f").unwrap(), s.lookup(ROOT, "d").unwrap());
+    for flags in [
+        0,
+        libc::O_PATH,
+        libc::O_NOATIME,
+        libc::O_ASYNC,
+        libc::O_DIRECT,
+    ] {
+        let created = create_in(libc::O_RDWR | flags, &format!("new{flags}"));
+        assert_eq!(s.ask(CREATE, ROOT, &created).0, 0);
+        let handle = s.open(OPEN, f, libc::O_RDWR | flags).unwrap();
+        for later in [0, -1, libc::O_PATH, libc::O_NOATIME, libc::O_ASYNC] {
+            let read = s.ask(READ, f, &read_in(handle, 9, later));
+            assert_eq!(read, (0, b"f".to_vec()), "{flags:o} {later:o}");
+            let plain = later & !libc::O_APPEND;
+            assert_eq!(s.write(f, handle, b"f", plain), 0, "{flags:o} {later:o}");
+        }
+        let list = s.open(OPENDIR, d, flags).unwrap();
+        for later in [0, -1] {
+            let read = s.ask(READ, d, &read_in(list, 9, later));
+            assert_eq!(read.0, libc::EISDIR, "{flags:o} {later:o}");
+            assert!(s.write(d, list, b"x", later) != 0, "{flags:o} {later:o}");
+        }
+        assert_eq!(s.read(READDIR, d, list, 4096).0, 0);
+    }
+    assert!(s.failures.try_recv().is_err());
+}
+
+#[test]
+fn a_file_that_may_only_be_appended_to_is_only_appended_to() {
+    let mut s = Setup::new();
+    let path = s.share().join("log");
+    fs::write(&path, "1").unwrap();
+    let file = fs::File::open(&path).unwrap();
+    let set = |flags: libc::c_int| {
+        // SAFETY: the request reads an int (Linux, ioctl_iflags(2)).
+        unsafe { libc::ioctl(file.as_raw_fd(), libc::FS_IOC_SETFLAGS, &raw const flags) == 0 }
+    };
+    const FS_APPEND_FL: libc::c_int = 0x20;
+    if !set(FS_APPEND_FL) {
+        println!("skipped: no file can be made append-only here");
+        return;
+    }
+    let log = s.lookup(ROOT, "log").unwrap();
+    let appending = libc::O_RDWR | libc::O_APPEND;
+    assert_eq!(s.open(OPEN, log, libc::O_RDWR), Err(libc::EPERM));
+    let handle = s.open(OPEN, log, appending).unwrap();
+    for expected in ["12", "123"] {
+        assert_eq!(s.write(log, handle, b"x", libc::O_RDWR), libc::EPERM);
+        let next = &expected.as_bytes()[expected.len() - 1..];
+        assert_eq!(s.write(log, handle, next, appending), 0);
+        let read = s.ask(READ, log, &read_in(handle, 9, libc::O_RDWR));
+        assert_eq!(read, (0, expected.as_bytes().to_vec()));
+    }
+    assert!(set(0), "the file can go again");
     assert!(s.failures.try_recv().is_err());
 }
 

@@ -10,7 +10,7 @@ use fuse_backend_rs::api::filesystem::{
 };
 
 use super::identity::Identity;
-use super::share::{Share, full, root};
+use super::share::{Share, closed, full, root};
 
 /// The most bytes of directory entries in one answer.
 const MOST_ENTRIES: u32 = 1 << 20;
@@ -26,10 +26,21 @@ const WANTED: [FsOptions; 5] = [
     FsOptions::AUTO_INVAL_DATA,
 ];
 
-/// The flags of an open file without the one that asks for aligned buffers: the guest has bypassed its own
-/// cache, and the host's is no concern of its.
-fn buffered(flags: u32) -> u32 {
-    flags & !(libc::O_DIRECT as u32)
+/// The flags that a file is opened with on the host, of those that the guest states. Of the others,
+/// `O_DIRECT` asks for aligned buffers: the guest has bypassed its own cache, and the host's is no concern of
+/// its. `O_PATH`, `O_TMPFILE` and `O_ASYNC` are of no use over FUSE, and who owns a file alone may ask for
+/// `O_NOATIME`.
+fn permitted(flags: u32) -> u32 {
+    const PERMITTED: i32 = libc::O_ACCMODE
+        | libc::O_CREAT
+        | libc::O_EXCL
+        | libc::O_TRUNC
+        | libc::O_APPEND
+        | libc::O_NONBLOCK
+        | libc::O_SYNC
+        | libc::O_DIRECTORY
+        | libc::O_NOFOLLOW;
+    flags & PERMITTED as u32
 }
 
 /// Refuses what is not one component of a path below the directory it is looked up in.
@@ -193,10 +204,10 @@ impl FileSystem for Share {
         flags: u32,
         fuse_flags: u32,
     ) -> io::Result<(Option<u64>, OpenOptions, Option<u32>)> {
-        let (handle, (options, passthrough)) = self.opened(inode, || {
+        let flags = permitted(flags);
+        let (handle, (options, passthrough)) = self.opened(inode, flags, || {
             let (handle, options, passthrough) =
-                self.files
-                    .open(&root(), inode, buffered(flags), fuse_flags)?;
+                self.files.open(&root(), inode, flags, fuse_flags)?;
             Ok((handle, (options, passthrough)))
         })?;
         Ok((handle, options, passthrough))
@@ -210,7 +221,7 @@ impl FileSystem for Share {
         mut args: CreateIn,
     ) -> io::Result<(Entry, Option<u64>, OpenOptions, Option<u32>)> {
         component(name)?;
-        args.flags = buffered(args.flags);
+        args.flags = permitted(args.flags);
         if !self.ledger.has_room() {
             return Err(full());
         }
@@ -221,7 +232,7 @@ impl FileSystem for Share {
         match self.looked_up(entry) {
             Ok(entry) => {
                 if let Some(handle) = handle {
-                    self.ledger.open(handle, inode);
+                    self.ledger.open(handle, inode, args.flags);
                 }
                 Ok((entry, handle, options, passthrough))
             }
@@ -244,18 +255,12 @@ impl FileSystem for Share {
         size: u32,
         offset: u64,
         lock_owner: Option<u64>,
-        flags: u32,
+        _: u32,
     ) -> io::Result<usize> {
-        self.files.read(
-            &root(),
-            inode,
-            handle,
-            w,
-            size,
-            offset,
-            lock_owner,
-            buffered(flags),
-        )
+        // None that the guest can change matters to a read: see `Share::writer` for why they stay what they were.
+        let flags = self.ledger.opened(handle).ok_or_else(closed)?.flags;
+        self.files
+            .read(&root(), inode, handle, w, size, offset, lock_owner, flags)
     }
 
     fn write(
@@ -271,6 +276,7 @@ impl FileSystem for Share {
         flags: u32,
         fuse_flags: u32,
     ) -> io::Result<usize> {
+        let (handle, flags) = self.writer(handle, flags)?;
         self.files.write(
             &root(),
             inode,
@@ -280,7 +286,7 @@ impl FileSystem for Share {
             offset,
             lock_owner,
             delayed_write,
-            buffered(flags),
+            flags,
             fuse_flags,
         )
     }
@@ -325,7 +331,7 @@ impl FileSystem for Share {
             flock_release,
             lock_owner,
         )?;
-        self.ledger.release(handle);
+        self.released(inode, handle);
         Ok(())
     }
 
@@ -339,7 +345,8 @@ impl FileSystem for Share {
         inode: u64,
         flags: u32,
     ) -> io::Result<(Option<u64>, OpenOptions)> {
-        self.opened(inode, || self.files.opendir(&root(), inode, flags))
+        let flags = permitted(flags) | libc::O_DIRECTORY as u32;
+        self.opened(inode, flags, || self.files.opendir(&root(), inode, flags))
     }
 
     fn readdir(
@@ -389,7 +396,7 @@ impl FileSystem for Share {
 
     fn releasedir(&self, _: &Context, inode: u64, flags: u32, handle: u64) -> io::Result<()> {
         self.files.releasedir(&root(), inode, flags, handle)?;
-        self.ledger.release(handle);
+        self.released(inode, handle);
         Ok(())
     }
 

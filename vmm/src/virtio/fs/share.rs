@@ -138,9 +138,11 @@ impl Share {
         Err(io::Error::from_raw_os_error(libc::ESTALE))
     }
 
+    /// Opens a file with these flags where there is room for a handle, and notes it.
     pub(super) fn opened<T>(
         &self,
         inode: u64,
+        flags: u32,
         open: impl FnOnce() -> io::Result<(Option<u64>, T)>,
     ) -> io::Result<(Option<u64>, T)> {
         if !self.ledger.has_room() {
@@ -148,9 +150,49 @@ impl Share {
         }
         let (handle, rest) = open()?;
         if let Some(handle) = handle {
-            self.ledger.open(handle, inode);
+            self.ledger.open(handle, inode, flags);
         }
         Ok((handle, rest))
+    }
+
+    /// The handle by which to write to what the guest has open, and the flags of that. It is another one where
+    /// the guest has changed `O_APPEND` since (F_SETFL), or writes pages of its cache at their places: the file
+    /// is then opened once more. The passthrough would change the flags of the handle, and where the kernel
+    /// refuses that, as it does for a file that may only be appended to, close its descriptor and go on using it.
+    pub(super) fn writer(&self, handle: u64, flags: u32) -> io::Result<(u64, u32)> {
+        const APPEND: u32 = libc::O_APPEND as u32;
+        let opened = self.ledger.opened(handle).ok_or_else(closed)?;
+        if (opened.flags ^ flags) & APPEND == 0 {
+            return Ok((handle, opened.flags));
+        }
+        // What happens once, at the first opening.
+        let once = (libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC) as u32;
+        let flags = (opened.flags ^ APPEND) & !once;
+        if let Some(twin) = opened.twin {
+            return Ok((twin, flags));
+        }
+        let open = || {
+            let (twin, ..) = self.files.open(&root(), opened.inode, flags, 0)?;
+            Ok((twin, ()))
+        };
+        let twin = self
+            .opened(opened.inode, flags, open)?
+            .0
+            .ok_or_else(closed)?;
+        self.ledger.pair(handle, twin);
+        Ok((twin, flags))
+    }
+
+    /// Notes that a handle was released, and releases the one that [`Self::writer`] opened beside it.
+    pub(super) fn released(&self, inode: u64, handle: u64) {
+        let Some(twin) = self.ledger.release(handle) else {
+            return;
+        };
+        // The guest may have guessed its number and released it itself.
+        let _ = self
+            .files
+            .release(&root(), inode, 0, twin, false, false, None);
+        self.ledger.release(twin);
     }
 }
 
@@ -194,6 +236,11 @@ pub(super) fn root() -> Context {
 
 pub(super) fn full() -> io::Error {
     io::Error::from_raw_os_error(libc::ENFILE)
+}
+
+/// Nothing is open by that handle.
+pub(super) fn closed() -> io::Error {
+    io::Error::from_raw_os_error(libc::EBADF)
 }
 
 #[cfg(test)]

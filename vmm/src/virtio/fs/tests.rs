@@ -26,6 +26,7 @@ pub const LINK: u32 = 13;
 pub const OPEN: u32 = 14;
 pub const READ: u32 = 15;
 pub const WRITE: u32 = 16;
+pub const RELEASE: u32 = 18;
 pub const GETXATTR: u32 = 22;
 pub const INIT: u32 = 26;
 pub const OPENDIR: u32 = 27;
@@ -133,7 +134,12 @@ impl Setup {
     }
 
     pub fn read(&mut self, opcode: u32, node: u64, handle: u64, size: u32) -> (i32, Vec<u8>) {
-        self.ask(opcode, node, &read_in(handle, 0, size))
+        self.ask(opcode, node, &read_in(handle, size, 0))
+    }
+
+    pub fn write(&mut self, node: u64, handle: u64, data: &[u8], flags: i32) -> i32 {
+        let body = write_in(handle, data, data.len() as u32, flags);
+        self.ask(WRITE, node, &body).0
     }
 
     pub fn outside_is_untouched(&self) {
@@ -169,10 +175,10 @@ pub fn terminated(name: &str) -> Vec<u8> {
     [name.as_bytes(), b"\0"].concat()
 }
 
-pub fn read_in(handle: u64, offset: u64, size: u32) -> Vec<u8> {
+pub fn read_in(handle: u64, size: u32, flags: i32) -> Vec<u8> {
     let mut body = handle.to_le_bytes().to_vec();
-    body.extend(offset.to_le_bytes());
-    body.extend(words(&[size, 0, 0, 0, 0, 0]));
+    body.extend(0u64.to_le_bytes());
+    body.extend(words(&[size, 0, 0, 0, flags as u32, 0]));
     body
 }
 
@@ -182,10 +188,10 @@ pub fn create_in(flags: i32, name: &str) -> Vec<u8> {
     body
 }
 
-pub fn write_in(handle: u64, data: &[u8], size: u32) -> Vec<u8> {
+pub fn write_in(handle: u64, data: &[u8], size: u32, flags: i32) -> Vec<u8> {
     let mut body = handle.to_le_bytes().to_vec();
     body.extend(0u64.to_le_bytes());
-    body.extend(words(&[size, 0, 0, 0, libc::O_RDWR as u32, 0]));
+    body.extend(words(&[size, 0, 0, 0, flags as u32, 0]));
     body.extend(data);
     body
 }
@@ -205,8 +211,7 @@ fn files_are_found_read_and_written() {
     assert_eq!(s.lookup(ROOT, "absent"), Err(libc::ENOENT));
     let handle = s.open(OPEN, f, libc::O_RDWR).unwrap();
     assert_eq!(s.read(READ, f, handle, 100), (0, b"hello".to_vec()));
-    let (error, _) = s.ask(WRITE, f, &write_in(handle, b"HELLO world", 11));
-    assert_eq!(error, 0);
+    assert_eq!(s.write(f, handle, b"HELLO world", libc::O_RDWR), 0);
     assert_eq!(
         fs::read_to_string(s.share().join("d/unmistakable")).unwrap(),
         "HELLO world"
@@ -219,6 +224,36 @@ fn files_are_found_read_and_written() {
         assert!(entries.windows(12).any(|name| name == b"unmistakable"));
     }
     assert!(s.failures.try_recv().is_err());
+}
+
+/// A guest's kernel states a file's flags at each write, as they are by then.
+#[test]
+fn a_write_appends_where_the_guest_says_so_at_the_time() {
+    let mut s = Setup::new();
+    let path = s.share().join("f");
+    fs::write(&path, "12345").unwrap();
+    let f = s.lookup(ROOT, "f").unwrap();
+    let content = || fs::read_to_string(&path).unwrap();
+    let plain = s.open(OPEN, f, libc::O_RDWR).unwrap();
+    let appending = libc::O_RDWR | libc::O_APPEND;
+    let log = s.open(OPEN, f, appending).unwrap();
+    assert_eq!(s.write(f, log, b"6", appending), 0);
+    assert_eq!(content(), "123456");
+    assert_eq!(s.write(f, log, b"a", libc::O_RDWR), 0);
+    assert_eq!(content(), "a23456");
+    assert_eq!(s.write(f, log, b"7", appending), 0);
+    assert_eq!(s.write(f, plain, b"8", appending), 0);
+    assert_eq!(s.write(f, plain, b"b", libc::O_RDWR), 0);
+    assert_eq!(s.write(f, plain, b"9", appending), 0);
+    assert_eq!(content(), "b23456789");
+    for handle in [log, plain] {
+        let release = [handle.to_le_bytes(), [0; 8], [0; 8]].concat();
+        assert_eq!(s.ask(RELEASE, f, &release).0, 0);
+    }
+    // What was opened beside them is released with them: handles are numbered one after the other.
+    for handle in plain..plain + 4 {
+        assert_eq!(s.read(READ, f, handle, 1).0, libc::EBADF, "{handle}");
+    }
 }
 
 #[test]
@@ -408,17 +443,14 @@ fn a_mount_made_later_appears_and_a_read_only_one_refuses_writes() {
             "the same file through two mounts is two inodes"
         );
         let rw = s.open(OPEN, same, libc::O_RDWR).unwrap();
-        assert_eq!(s.ask(WRITE, same, &write_in(rw, b"secret", 6)).0, 0);
+        assert_eq!(s.write(same, rw, b"secret", libc::O_RDWR), 0);
 
         assert_eq!(s.open(OPEN, secret, libc::O_RDWR), Err(libc::EROFS));
         assert_eq!(s.open(OPEN, secret, libc::O_TRUNC), Err(libc::EROFS));
         // A handle of the writable mount is none of this inode.
-        assert_eq!(s.ask(WRITE, secret, &write_in(rw, b"x", 1)).0, libc::EBADF);
+        assert_eq!(s.write(secret, rw, b"x", libc::O_RDWR), libc::EBADF);
         let read = s.open(OPEN, secret, libc::O_RDONLY).unwrap();
-        assert_eq!(
-            s.ask(WRITE, secret, &write_in(read, b"x", 1)).0,
-            libc::EBADF
-        );
+        assert_eq!(s.write(secret, read, b"x", libc::O_RDWR), libc::EBADF);
         let mut truncate = words(&[1 << 3, 0]);
         truncate.resize(88, 0);
         assert_eq!(s.ask(SETATTR, secret, &truncate).0, libc::EROFS);
