@@ -18,6 +18,7 @@ pub mod streaming;
 mod templates;
 #[cfg(test)]
 mod threat_model;
+pub mod users;
 
 use sha2::{Digest as _, Sha256};
 

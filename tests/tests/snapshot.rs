@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use caisson_proto::cri;
+use caisson_tests::users::mapped;
 use caisson_tests::{
     Container, ContainerOptions, Disk, IMAGE, ImageMaker, Node, NodeOptions, Pod, PodOptions,
     of_host, read_log,
@@ -177,28 +178,13 @@ async fn a_pod_with_users_of_its_own_keeps_them() {
         return;
     };
     let dir = node.root().join("snapshot");
-    let all = |host_id| {
-        vec![cri::IdMapping {
-            host_id,
-            container_id: 0,
-            length: 65_536,
-        }]
-    };
-    let namespaces = Some(cri::NamespaceOption {
-        userns_options: Some(cri::UserNamespace {
-            mode: cri::NamespaceMode::Pod.into(),
-            uids: all(65_536),
-            gids: all(131_072),
-        }),
-        ..cri::NamespaceOption::default()
-    });
     let options = PodOptions {
-        namespaces: namespaces.clone(),
+        namespaces: Some(mapped()),
         ..PodOptions::default()
     };
     let pod = node.pod_with("users", options).await.unwrap();
     let in_pod = || ContainerOptions {
-        namespaces: namespaces.clone(),
+        namespaces: Some(mapped()),
         ..ContainerOptions::default()
     };
     let early = node.run_with(&pod, "early", "sleep 100000", in_pod()).await;

@@ -10,61 +10,18 @@ use caisson_proto::cri;
 use caisson_streaming::client::dial;
 use caisson_streaming::spdy::Headers;
 use caisson_tests::streaming::all;
-use caisson_tests::{Container, ContainerOptions, IMAGE, Node, Pod, PodOptions, read_log};
+use caisson_tests::users::{GIDS, LENGTH, UIDS, mapped, mapping, with};
+use caisson_tests::{Container, ContainerOptions, IMAGE, Node, Pod, PodOptions, of_host, read_log};
 use cri::NamespaceMode;
 use tonic::Code;
 
 const SLEEP: &str = "trap 'exit 0' TERM; sleep 100000 & wait";
-/// The pod's users and groups on the node: as many of each.
-const UIDS: u32 = 65_536;
-const GIDS: u32 = 131_072;
-const LENGTH: u32 = 65_536;
-
-fn mapping(container_id: u32, host_id: u32, length: u32) -> cri::IdMapping {
-    cri::IdMapping {
-        host_id,
-        container_id,
-        length,
-    }
-}
-
-fn with(
-    mode: NamespaceMode,
-    uids: &[cri::IdMapping],
-    gids: &[cri::IdMapping],
-) -> cri::NamespaceOption {
-    cri::NamespaceOption {
-        userns_options: Some(cri::UserNamespace {
-            mode: mode.into(),
-            uids: uids.to_vec(),
-            gids: gids.to_vec(),
-        }),
-        ..cri::NamespaceOption::default()
-    }
-}
-
-/// As a kubelet asks for a pod with `hostUsers: false`.
-fn mapped() -> cri::NamespaceOption {
-    with(
-        NamespaceMode::Pod,
-        &[mapping(0, UIDS, LENGTH)],
-        &[mapping(0, GIDS, LENGTH)],
-    )
-}
 
 fn in_pod(mounts: Vec<cri::Mount>) -> ContainerOptions {
     ContainerOptions {
         namespaces: Some(mapped()),
         mounts,
         ..ContainerOptions::default()
-    }
-}
-
-fn of_host(path: &Path, container: &str) -> cri::Mount {
-    cri::Mount {
-        host_path: path.display().to_string(),
-        container_path: container.to_owned(),
-        ..cri::Mount::default()
     }
 }
 
