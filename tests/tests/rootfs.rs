@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use caisson_tests::{
     Container, ContainerOptions, Disk, ImageMaker, Node, NodeOptions, Pod, PodOptions, sha256,
@@ -249,6 +250,51 @@ async fn a_full_scratch_space_is_an_error_of_the_container() {
     for (_, pod, _) in &pods {
         node.remove(pod).await;
     }
+    node.assert_nothing_left().await;
+}
+
+/// How many reads the guest's disks were asked for (Linux, Documentation/admin-guide/iostats.rst).
+async fn disk_reads(node: &Node, container: &Container) -> u64 {
+    let stats = node.says(container, "cat /proc/diskstats").await;
+    let disks = stats.lines().filter_map(|line| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        let disk = fields[2].len() == 3 && fields[2].starts_with("vd");
+        disk.then(|| fields[3].parse::<u64>().unwrap())
+    });
+    disks.sum()
+}
+
+/// All names and inodes of a layer are read ahead, not a part of them: each would be a request to the host.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_walks_through_a_layers_names_waits_for_no_disk() {
+    const NAMES: usize = 17_000;
+    let Some(node) = Node::start().await else {
+        return;
+    };
+    let names: Vec<_> = (0..NAMES)
+        .map(|number| format!("names/{}/file-{number}", number / 100))
+        .collect();
+    let files: Vec<_> = names.iter().map(|name| (&**name, "")).collect();
+    ImageMaker::new().files(&files).load(&node, NAME);
+    let pod = node.pod("names").await;
+    let container = run(&node, &pod, "c", NAME).await;
+    let mut before = disk_reads(&node, &container).await;
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        assert!(Instant::now() < deadline, "it is read and read");
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let now = disk_reads(&node, &container).await;
+        if now == before {
+            break;
+        }
+        before = now;
+    }
+    let found = node.says(&container, "find /names -type f | wc -l").await;
+    assert_eq!(found, NAMES.to_string());
+    let asked = disk_reads(&node, &container).await - before;
+    // Inodes of 64 bytes: a MiB, of which half was read ahead once.
+    assert!(asked < 40, "{asked} reads");
+    node.remove(&pod).await;
     node.assert_nothing_left().await;
 }
 

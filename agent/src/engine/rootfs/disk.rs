@@ -9,6 +9,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+
 use super::loopdev::{self, LoopDevice};
 use crate::disks;
 
@@ -20,7 +22,7 @@ const LAST_PARTITION: usize = 255;
 /// What a disk is divided into.
 const SECTOR: u64 = 512;
 /// KiB that the kernel reads ahead in a file: a request to the host costs far more than the bytes in it.
-const READ_AHEAD_KIB: &[u8] = b"1024";
+const READ_AHEAD_KIB: u64 = 1024;
 /// The most bytes of a layer's names and inodes that are read ahead when it is mounted.
 const MAX_METADATA: u64 = 16 << 20;
 
@@ -114,7 +116,7 @@ pub(super) fn device(range: &DiskRange) -> io::Result<Device> {
     {
         let queue = Path::new("/sys/block").join(name).join("queue");
         // Without it everything is only slower.
-        let _ = fs::write(queue.join("read_ahead_kb"), READ_AHEAD_KIB);
+        let _ = fs::write(queue.join("read_ahead_kb"), READ_AHEAD_KIB.to_string());
     }
     if number > LAST_PARTITION {
         let part = loopdev::Part {
@@ -190,11 +192,14 @@ fn read_metadata_ahead(device: &Device) -> io::Result<()> {
     let inodes = u64::from(word(META_BLOCK_AT)) << bits;
     let length = device.bytes.saturating_sub(inodes).min(MAX_METADATA);
     let start = inodes.saturating_sub(length / 2);
-    nix::fcntl::posix_fadvise(
-        &open,
-        i64::try_from(start).map_err(io::Error::other)?,
-        i64::try_from(inodes + length - start).map_err(io::Error::other)?,
-        nix::fcntl::PosixFadviseAdvice::POSIX_FADV_WILLNEED,
-    )?;
+    let signed = |number: u64| i64::try_from(number).map_err(io::Error::other);
+    let mut at = start;
+    while at < inodes + length {
+        // The kernel takes no more at a time, and says nothing of the rest.
+        let part = (inodes + length - at).min(READ_AHEAD_KIB << 10);
+        let advice = PosixFadviseAdvice::POSIX_FADV_WILLNEED;
+        posix_fadvise(&open, signed(at)?, signed(part)?, advice)?;
+        at += part;
+    }
     Ok(())
 }
