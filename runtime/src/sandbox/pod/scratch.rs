@@ -64,8 +64,15 @@ fn make_file_system(disk: &Path, bytes: u64) -> io::Result<()> {
     // A scratch disk dies with its pod, so nobody will look for what a checksum tells. It has a journal all the same, which
     // the guest never makes anything wait for (its options are the agent's): without one ext4 does not use the inode of a
     // deleted file again for minutes, and steps over each of them whenever it makes a file.
-    mkfs.args(["-q", "-F", "-m", "0", "-O", "has_journal,^metadata_csum"]);
-    // Inode tables and the journal stay holes until they are used.
+    mkfs.args([
+        "-q",
+        "-F",
+        "-m",
+        "0",
+        "-O",
+        "has_journal,^metadata_csum,uninit_bg",
+    ]);
+    // Inode tables and the journal stay holes until they are used, which of the tables takes uninit_bg.
     let extended = "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0";
     mkfs.args(["-E", extended]);
     if bytes >= LARGE_BYTES {
