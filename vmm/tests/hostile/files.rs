@@ -185,26 +185,28 @@ fn flags_of_a_request_do_not_reach_an_open_file() {
         const NODE: u64 = 0x800;
         const HANDLE: u64 = 0x808;
         client.ask(p, LOOKUP, ROOT, &name("f"), |_, _, _| {});
-        let mut from = 16; // in the answer (fuse_entry_out, and then fuse_open_out)
-        for flags in [libc::O_RDONLY, libc::O_PATH, libc::O_NOATIME] {
+        // Where they are in the first answer after each request for them (fuse_entry_out, fuse_open_out).
+        const NUMBER: u64 = 16;
+        for (opened, flags) in [libc::O_RDONLY, libc::O_PATH, libc::O_NOATIME]
+            .into_iter()
+            .enumerate()
+        {
             let body = [flags as u32, 0].map(u32::to_le_bytes).concat();
             client.ask(p, OPEN, 0, &body, |p, request, reply| {
-                if from != 0 {
-                    p.copy(reply + from, request + NODE, 8);
+                if opened == 0 {
+                    p.copy(reply + NUMBER, request + NODE, 8);
                 }
                 p.copy(request + NODE, request + 16, 8);
             });
-            from = 16;
-            for later in stated {
+            for (reads, later) in stated.into_iter().enumerate() {
                 let body = [0, 0, 0, 0, 9, 0, 0, 0, later as u32, 0].map(u32::to_le_bytes);
                 client.ask(p, READ, 0, &body.concat(), |p, request, reply| {
-                    if from != 0 {
-                        p.copy(reply + from, request + HANDLE, 8);
+                    if reads == 0 {
+                        p.copy(reply + NUMBER, request + HANDLE, 8);
                     }
                     p.copy(request + NODE, request + 16, 8);
                     p.copy(request + HANDLE, request + 40, 8);
                 });
-                from = 0;
             }
         }
     });
