@@ -13,6 +13,7 @@ use nix::unistd::{chdir, chroot};
 use thiserror::Error;
 
 use crate::log::{self, Level, Timing};
+use crate::sandbox::growth;
 use crate::{loopback, paths, warn};
 
 /// Why the guest could not be brought up.
@@ -131,6 +132,7 @@ pub fn boot() -> Result<(), BootError> {
 /// The first step that failed. No container can run then.
 pub fn settle() -> Result<(), BootError> {
     let mut timing = Timing::start();
+    growth::remember();
     enable_controllers()?;
     timing.lap("controllers");
     for (name, value) in SYSCTLS.into_iter().chain([PING_GROUPS]) {

@@ -144,7 +144,11 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
             && probing.config.uses(HandlerKind::MicroVm)
         {
             match pods::usual_shape(&probing.config.microvm) {
-                Ok(shape) => templates.make(shape, probing.microvm.clone()),
+                Ok(shape) => {
+                    let smallest = shape.smallest();
+                    templates.make(shape, probing.microvm.clone());
+                    templates.make(smallest, probing.microvm.clone());
+                }
                 Err(error) => {
                     tracing::warn!(%error, "there is no usual pod to make a template for")
                 }

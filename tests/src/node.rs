@@ -265,6 +265,7 @@ impl Node {
     /// Asserts that pods have left nothing on the machine since the node was started: the daemon's own process and
     /// directories apart, everything is as before.
     pub async fn assert_nothing_left(&self) {
+        self.wait_until_no_template_is_made().await;
         let deadline = Instant::now() + Duration::from_secs(10);
         loop {
             let left = self.left();

@@ -34,6 +34,16 @@ impl Node {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     }
+
+    /// Waits until none is being made, which is a machine of nobody's pod.
+    pub async fn wait_until_no_template_is_made(&self) {
+        let deadline = Instant::now() + WAIT;
+        let making = self.state().join("templates/pods");
+        while fs::read_dir(&making).map_or(0, Iterator::count) > 0 {
+            assert!(Instant::now() < deadline, "{}", self.daemon_log());
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
 }
 
 /// Whether a template is still being made.

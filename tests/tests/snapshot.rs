@@ -216,7 +216,7 @@ async fn a_pod_that_is_left_running_goes_on_and_so_does_its_copy_later() {
     let Some(node) = Node::start_with(options).await else {
         return;
     };
-    node.wait_for_templates(1).await;
+    node.wait_for_templates(2).await;
     let dir = node.root().join("snapshot");
     let pod = node.pod("counter").await;
     let steps = caisson(&node, &["timeline", &pod.id]).unwrap();

@@ -56,7 +56,7 @@ async fn sleeper(node: &Node, pod: &Pod) -> Container {
 #[tokio::test(flavor = "multi_thread")]
 async fn clones_have_nothing_in_common_that_is_a_secret() {
     let Some(node) = node().await else { return };
-    node.wait_for_templates(1).await;
+    node.wait_for_templates(2).await;
     let mut facts: Vec<BTreeSet<String>> = Vec::new();
     for name in ["one", "two", "three"] {
         let pod = node.pod(name).await;
@@ -105,7 +105,7 @@ async fn clones_have_nothing_in_common_that_is_a_secret() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_clone_is_a_pod_like_any_other() {
     let Some(node) = node().await else { return };
-    node.wait_for_templates(1).await;
+    node.wait_for_templates(2).await;
     let pod = node.pod("clone").await;
     assert!(is_clone(&node, &pod), "{}", node.daemon_log());
     let container = sleeper(&node, &pod).await;
@@ -133,44 +133,122 @@ async fn a_clone_is_a_pod_like_any_other() {
     node.assert_nothing_left().await;
 }
 
+/// Whether the pod has grown beyond its template: its guest then has a memory device.
+async fn has_grown(node: &Node, container: &Container) -> bool {
+    let script = "cat /sys/bus/virtio/devices/*/device";
+    // virtio 1.2 §5: the memory device is 24.
+    node.says(container, script).await.contains("0x0018")
+}
+
+/// What a guest's kernel derives from its memory, by name.
+async fn limits(node: &Node, container: &Container) -> Vec<(String, u64)> {
+    let script = "cd /proc/sys; for i in kernel/threads-max fs/file-max net/ipv4/tcp_mem net/ipv4/udp_mem \
+        net/ipv4/tcp_rmem net/ipv4/tcp_wmem net/netfilter/nf_conntrack_max user/max_user_namespaces; do \
+        [ ! -e $i ] || for n in $(cat $i); do echo $i $n; done; done; echo processes $(ulimit -u); \
+        echo memory $(sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo)";
+    let said = node.says(container, script).await;
+    let parts = said.lines().map(|line| {
+        let (name, number) = line.split_once(' ').unwrap();
+        (name.to_owned(), number.parse().unwrap_or(u64::MAX))
+    });
+    let limits: Vec<_> = parts.collect();
+    assert!(limits.len() > 10, "{said}");
+    limits
+}
+
 #[tokio::test(flavor = "multi_thread")]
-async fn a_shape_has_its_own_template_from_the_second_time_on() {
+async fn a_clone_grows_to_its_pods_size_until_there_is_a_template_of_that() {
     let Some(node) = node().await else { return };
-    node.wait_for_templates(1).await;
+    node.wait_for_templates(2).await;
     let shape = || PodOptions {
         millicpus: 2000,
-        memory: 160 << 20,
+        memory: 700 << 20,
         ..PodOptions::default()
     };
+    let mut grown = Vec::new();
     for name in ["first", "second"] {
         let pod = node.pod_with(name, shape()).await.unwrap();
-        assert!(!is_clone(&node, &pod));
+        assert!(is_clone(&node, &pod), "{}", node.daemon_log());
+        let container = sleeper(&node, &pod).await;
+        assert!(has_grown(&node, &container).await);
+        both_processors_work(&node, &container).await;
+        // All of the memory is there at once.
+        let script = "dd if=/dev/zero of=/dev/null bs=650M count=1 2>/dev/null && echo all";
+        assert_eq!(node.says(&container, script).await.trim(), "all");
+        grown = limits(&node, &container).await;
+        ping_host(&node, &container, &ip(&node, &pod).await).await;
         node.remove(&pod).await;
     }
-    node.wait_for_templates(2).await;
+    node.wait_for_templates(3).await;
     let pod = node.pod_with("third", shape()).await.unwrap();
     assert!(is_clone(&node, &pod), "{}", node.daemon_log());
     let container = sleeper(&node, &pod).await;
-    assert_eq!(node.says(&container, "nproc").await.trim(), "2");
-    // Both processors work.
+    assert!(!has_grown(&node, &container).await);
+    both_processors_work(&node, &container).await;
+    // A kernel that booted with all of it has no other limits than one that has grown.
+    let booted = limits(&node, &container).await;
+    for ((name, grown), (_, booted)) in grown.iter().zip(&booted) {
+        let apart = grown.abs_diff(*booted);
+        assert!(
+            apart <= booted / 10,
+            "{name}: {grown} grown, {booted} booted"
+        );
+    }
+    assert_eq!(grown.len(), booted.len());
+    node.remove(&pod).await;
+    node.assert_nothing_left().await;
+}
+
+async fn both_processors_work(node: &Node, container: &Container) {
+    assert_eq!(node.says(container, "nproc").await.trim(), "2");
     let script = "for i in 1 2; do (i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; echo done) & done; wait";
-    assert_eq!(
-        node.says(&container, script).await.matches("done").count(),
-        2
-    );
+    let said = node.says(container, script).await;
+    assert_eq!(said.matches("done").count(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_that_has_grown_goes_on_from_a_snapshot() {
+    let Some(node) = node().await else { return };
+    node.wait_for_templates(2).await;
+    let shape = PodOptions {
+        millicpus: 2000,
+        memory: 333 << 20,
+        ..PodOptions::default()
+    };
+    let pod = node.pod_with("grown", shape).await.unwrap();
+    let container = sleeper(&node, &pod).await;
+    assert!(has_grown(&node, &container).await);
+    let before = limits(&node, &container).await;
+    let dir = node.root().join("snapshot");
+    let dir = dir.to_str().unwrap();
+    for command in [&["snapshot", &pod.id, dir][..], &["restore", dir]] {
+        let output = node.caisson(command);
+        assert!(output.status.success(), "{output:?}");
+    }
+    assert_eq!(limits(&node, &container).await, before);
+    both_processors_work(&node, &container).await;
+    let script = "dd if=/dev/zero of=/dev/null bs=300M count=1 2>/dev/null && echo all";
+    assert_eq!(node.says(&container, script).await.trim(), "all");
+    node.remove(&pod).await;
+    node.assert_nothing_left().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_template_that_is_damaged_costs_a_boot_and_no_more() {
     let Some(mut node) = node().await else { return };
-    node.wait_for_templates(1).await;
-    let state = node.templates()[0].join("state");
-    let text = fs::read(&state).unwrap();
-    fs::write(&state, &text[..text.len() / 2]).unwrap();
-    let pod = node.pod("pod").await;
-    assert!(!is_clone(&node, &pod));
-    assert_eq!(node.templates(), Vec::<PathBuf>::new());
-    node.remove(&pod).await;
+    node.wait_for_templates(2).await;
+    for template in node.templates() {
+        let state = template.join("state");
+        let text = fs::read(&state).unwrap();
+        fs::write(&state, &text[..text.len() / 2]).unwrap();
+    }
+    // First the one of the pod's size, then the one that would grow.
+    for left in [1, 0] {
+        let pod = node.pod("pod").await;
+        assert!(!is_clone(&node, &pod));
+        assert_eq!(node.templates().len(), left);
+        node.remove(&pod).await;
+    }
 
     // A daemon that dies while it makes one leaves a machine behind, which the next one takes back; and it makes its own.
     node.restart_after(|_| ()).await;
@@ -181,7 +259,7 @@ async fn a_template_that_is_damaged_costs_a_boot_and_no_more() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     node.restart().await;
-    node.wait_for_templates(1).await;
+    node.wait_for_templates(2).await;
     let pod = node.pod("pod").await;
     assert!(is_clone(&node, &pod), "{}", node.daemon_log());
     node.remove(&pod).await;

@@ -26,6 +26,7 @@ use crate::transport::mmio::MmioTransport;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::{Block, Layers};
 use crate::virtio::fs::{Fs, ShareRoot};
+use crate::virtio::mem::Mem;
 use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Knock, Vsock, VsockConnector};
@@ -126,6 +127,8 @@ pub fn build_and_boot(
     }
 
     let template = config.template.take();
+    let growth = template.as_ref().and_then(|template| template.growth);
+    let most_vcpus = growth.map_or(config.vcpus, |growth| growth.most_vcpus);
     let mut vm = timeline.measure("create vm", || {
         let content = template.as_ref().map_or(Content::Nothing, content);
         KvmVm::new(config.kvm, config.memory, content)
@@ -137,9 +140,12 @@ pub fn build_and_boot(
     let (vcpus, serial) = match &template {
         Some(template) if template.role != TemplateRole::Make => {
             let state = timeline.measure("read template", || {
-                MachineState::read(&template.state, config.vcpus.into(), windows.len())
+                let saved = saved_vcpus(template, config.vcpus);
+                MachineState::read(&template.state, saved.into(), windows.len())
             })?;
-            let vcpus = timeline.measure("restore vcpus", || vm.restore_vcpus(&state))?;
+            let vcpus = timeline.measure("restore vcpus", || {
+                vm.restore_vcpus(&state, config.vcpus, most_vcpus)
+            })?;
             timeline.measure("restore devices", || restore(&mut windows, &state))?;
             let serial = Serial::from_state(&state.serial.0, line, NoEvents, console)
                 .map_err(|error| TemplateError::State(format!("{error:?}")))?;
@@ -155,6 +161,7 @@ pub fn build_and_boot(
                 &Start {
                     cmdline: &config.cmdline,
                     vcpus: config.vcpus,
+                    most_vcpus,
                     devices: &places,
                 },
                 timeline,
@@ -179,7 +186,14 @@ pub fn build_and_boot(
         LogManager::new(connector, Arc::new(move |event| events.publish(event)))
     });
     let running = Running {
-        pod: Pod::Machine(Machine::new(vm, vcpus, bus, Arc::clone(ending), saver)),
+        pod: Pod::Machine(Machine::new(
+            vm,
+            vcpus,
+            bus,
+            Arc::clone(ending),
+            saver,
+            growth,
+        )),
         logs,
         layers: devices.layers,
         landlock,
@@ -198,10 +212,20 @@ fn content(template: &Template) -> Content<'_> {
     }
 }
 
+/// The vCPUs in the state of a machine that is to have so many: a clone can have more than its template.
+fn saved_vcpus(template: &Template, vcpus: u8) -> u8 {
+    match (template.role, template.growth) {
+        (TemplateRole::Clone, Some(growth)) => growth.vcpus,
+        _ => vcpus,
+    }
+}
+
 /// What a kernel is started with.
 struct Start<'a> {
     cmdline: &'a str,
     vcpus: u8,
+    /// Those that the kernel is told of.
+    most_vcpus: u8,
     devices: &'a [MmioDevice],
 }
 
@@ -220,12 +244,12 @@ fn load(
             .transpose()
     })?;
     timeline.measure("write tables", || -> Result<(), BootError> {
-        let rsdp = acpi::write_tables(vm.memory(), start.vcpus, start.devices)?;
+        let rsdp = acpi::write_tables(vm.memory(), start.most_vcpus, start.devices)?;
         kernel::write_boot_params(vm.memory(), &kernel, initramfs, start.cmdline, rsdp)?;
         Ok(())
     })?;
     let vcpus = timeline.measure("create vcpus", || {
-        vm.create_vcpus(start.vcpus, kernel.entry)
+        vm.create_vcpus(start.vcpus, start.most_vcpus, kernel.entry)
     })?;
     Ok(vcpus)
 }
@@ -314,6 +338,13 @@ fn create_devices(
     }
     all.push(Box::new(Rng::new()));
     all.push(Box::new(Balloon::new()));
+    if let Some(template) = &config.template
+        && template.growth.is_some()
+    {
+        // What a machine had that is restored it has in use.
+        let plugged = template.role == TemplateRole::Restore;
+        all.push(Box::new(Mem::new(config.memory.added, plugged)));
+    }
     // Taking the share closes its descriptor, which would be a way out of the jail.
     let share = config.share.take().map(|share| match config.jail {
         Some(_) => Fs::new(&share.tag, ShareRoot::Pivoted).map_err(device("share")),

@@ -5,11 +5,11 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 
 use caisson_vmm_protocol::{
-    ChannelError, DiskConfig, FdIndex, Frame, JailConfig, NetConfig, PROTOCOL_VERSION, RateLimit,
-    ShareConfig, TemplateConfig, TemplateRole, VmConfig, VsockConfig,
+    ChannelError, DiskConfig, FdIndex, Frame, GrowthConfig, JailConfig, NetConfig,
+    PROTOCOL_VERSION, RateLimit, ShareConfig, TemplateConfig, TemplateRole, VmConfig, VsockConfig,
 };
 
-use crate::arch::layout;
+use crate::arch::layout::{self, MemorySize};
 
 /// The most vCPUs of a machine.
 pub const MAX_VCPUS: u8 = 32;
@@ -108,6 +108,8 @@ pub struct Template {
     pub memory: File,
     /// Everything else.
     pub state: File,
+    /// What the machine grows from, if it does.
+    pub growth: Option<GrowthConfig>,
 }
 
 /// A machine to build. Every value is within its limits.
@@ -116,8 +118,8 @@ pub struct MachineConfig {
     pub id: String,
     /// Virtual CPUs.
     pub vcpus: u8,
-    /// Guest memory in bytes.
-    pub memory: u64,
+    /// Guest memory.
+    pub memory: MemorySize,
     /// `/dev/kvm`.
     pub kvm: OwnedFd,
     /// The kernel.
@@ -171,12 +173,15 @@ impl MachineConfig {
         )?;
         let memory_ok = MEMORY_MIB.contains(&config.memory_mib);
         range("memory_mib", config.memory_mib, memory_ok, "64 to 1048576")?;
+        let growth = config.template.as_ref().and_then(|it| it.growth);
+        let size = memory_size(&config, growth)?;
         let count = config.disks.len()
             + usize::from(config.layers.is_some())
             + config.nets.len()
             + usize::from(config.share.is_some())
             + usize::from(config.vsock.is_some())
-            + 1;
+            + usize::from(growth.is_some())
+            + 2;
         check(count <= layout::VIRTIO_MMIO_COUNT, || {
             ConfigError::TooManyDevices(count)
         })?;
@@ -196,7 +201,7 @@ impl MachineConfig {
         let mut fds = Fds(frame);
         Ok(Self {
             vcpus: config.vcpus,
-            memory: u64::from(config.memory_mib) << 20,
+            memory: size,
             kvm: fds.take(config.kvm)?,
             kernel: fds.take(config.kernel)?.into(),
             initramfs: fds.optional(config.initramfs)?.map(File::from),
@@ -232,6 +237,58 @@ impl MachineConfig {
             id: config.id,
         })
     }
+}
+
+/// What of a machine's memory is there from the start, and what is added.
+fn memory_size(config: &VmConfig, growth: Option<GrowthConfig>) -> Result<MemorySize, ConfigError> {
+    let all = u64::from(config.memory_mib) << 20;
+    let Some(growth) = growth else {
+        return Ok(MemorySize {
+            first: all,
+            added: 0,
+        });
+    };
+    let vcpus = 1..=config.vcpus;
+    range(
+        "template.growth.vcpus",
+        growth.vcpus,
+        vcpus.contains(&growth.vcpus),
+        "1 to the machine's vcpus",
+    )?;
+    let most = config.vcpus..=MAX_VCPUS;
+    range(
+        "template.growth.most_vcpus",
+        growth.most_vcpus,
+        most.contains(&growth.most_vcpus),
+        "the machine's vcpus to 32",
+    )?;
+    let first = u64::from(growth.memory_mib) << 20;
+    let ok = MEMORY_MIB.contains(&growth.memory_mib) && first <= layout::MMIO_HOLE.min(all);
+    range(
+        "template.growth.memory_mib",
+        growth.memory_mib,
+        ok,
+        "64 to 3072 and to the machine's memory_mib",
+    )?;
+    let added = all - first;
+    let ok = added <= layout::ADDED_MOST && added.is_multiple_of(layout::ADDED_BLOCK);
+    range(
+        "memory_mib",
+        config.memory_mib,
+        ok,
+        "that of its growth and a multiple of 4, to 262144, more",
+    )?;
+    // What is made into a template has nothing yet that was added.
+    let made = config.template.as_ref();
+    let making = made.is_some_and(|it| it.role == TemplateRole::Make);
+    let grown = added > 0 || growth.vcpus < config.vcpus;
+    range(
+        "template.growth",
+        "of a template to be made",
+        !(making && grown),
+        "smaller than the machine",
+    )?;
+    Ok(MemorySize { first, added })
 }
 
 /// The sender's version and the pod's name.
@@ -329,6 +386,7 @@ impl<T> Fds<'_, T> {
             role: template.role,
             memory: self.take(template.memory)?.into(),
             state: self.take(template.state)?.into(),
+            growth: template.growth,
         })
     }
 

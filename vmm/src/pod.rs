@@ -9,7 +9,7 @@ use caisson_vmm_protocol::VmState;
 use crate::host::HostPod;
 use crate::logs::{Dial, LogManager};
 use crate::virtio::blk::Layers;
-use crate::vm::{Ending, Machine};
+use crate::vm::{Ending, Machine, MachineSize};
 
 /// What a saved machine writes at a time, in bytes.
 const BUFFER: usize = 256 << 10;
@@ -77,11 +77,11 @@ impl Pod {
         Ok(())
     }
 
-    /// Writes it down, and parks it; its vCPUs, and MiB of memory. See [`Machine::write`].
+    /// Writes it down, and parks it; how large it is. See [`Machine::write`].
     ///
     /// # Errors
     /// A sentence. A pod of the host cannot be written down.
-    pub fn write(&self, to: File) -> Result<(u8, u32), String> {
+    pub fn write(&self, to: File) -> Result<MachineSize, String> {
         let Self::Machine(machine) = self else {
             return Err("a pod of the host has no machine that could be saved".into());
         };

@@ -2,6 +2,7 @@
 
 mod clock;
 mod dns;
+pub mod growth;
 mod host;
 pub mod namespaces;
 mod netlink;
@@ -80,6 +81,11 @@ pub fn set_up(plan: &Plan) -> Result<(), SandboxError> {
     clock::add_entropy(&plan.entropy)?;
     if let Some(time) = plan.unix_time_ns {
         clock::set(time)?;
+    }
+    // What follows has sizes that depend on it.
+    if let Some(grown) = &plan.growth {
+        growth::take(grown)?;
+        timing.lap("growth");
     }
     if let Some(ids) = &plan.user_ids {
         namespaces::create(ids)?;

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::path::{Component, Path, PathBuf};
 
-use caisson_proto::agent::SetupSandboxRequest;
+use caisson_proto::agent::{self, SetupSandboxRequest};
 
 use super::{Cidr, SandboxError, sysctl};
 use crate::disks::SERIAL_MAX;
@@ -16,6 +16,9 @@ const MOUNTS_MAX: usize = 64;
 const SYSCTLS_MAX: usize = 256;
 const DNS_MAX: usize = 64;
 const ENTROPY_MAX: usize = 512;
+/// As many as the guest's kernel can have.
+const VCPUS: std::ops::RangeInclusive<u32> = 1..=64;
+const ADDED_MAX: u64 = 1 << 40;
 /// virtio 1.2 §5.11.4: a tag is a field of 36 bytes.
 const TAG_MAX: usize = 36;
 
@@ -48,6 +51,17 @@ pub struct Plan {
     pub shared_pid_namespace: bool,
     /// The IDs of the pod's user namespace; `None`: it has none.
     pub user_ids: Option<UserIds>,
+    /// What the guest has more than when it booted; `None`: nothing.
+    pub growth: Option<Growth>,
+}
+
+/// What a guest has that its kernel did not boot with.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Growth {
+    /// All CPUs that are to run.
+    pub vcpus: u32,
+    /// Bytes of memory, beside those of the boot.
+    pub added_bytes: u64,
 }
 
 /// The IDs of a pod's user namespace.
@@ -180,8 +194,22 @@ impl TryFrom<SetupSandboxRequest> for Plan {
             entropy: request.entropy,
             shared_pid_namespace: request.shared_pid_namespace,
             user_ids: request.user_namespace.map(user_ids).transpose()?,
+            growth: request.growth.map(growth).transpose()?,
         })
     }
+}
+
+fn growth(growth: agent::Growth) -> Result<Growth, SandboxError> {
+    let agent::Growth { vcpus, added_bytes } = growth;
+    if !VCPUS.contains(&vcpus) || added_bytes > ADDED_MAX {
+        return Err(SandboxError::invalid(
+            "growth",
+            format!(
+                "{vcpus} CPUs and {added_bytes} bytes more are not 1 to 64 CPUs and at most 2^40 bytes"
+            ),
+        ));
+    }
+    Ok(Growth { vcpus, added_bytes })
 }
 
 fn bounded(field: &'static str, count: usize, max: usize) -> Result<(), SandboxError> {
@@ -403,8 +431,6 @@ fn scratch(scratch: caisson_proto::agent::Scratch) -> Result<Scratch, SandboxErr
 
 #[cfg(test)]
 mod tests {
-    use caisson_proto::agent;
-
     use super::*;
 
     fn error(request: SetupSandboxRequest) -> String {
@@ -416,6 +442,23 @@ mod tests {
         let plan = Plan::try_from(SetupSandboxRequest::default()).unwrap();
         assert!(matches!(plan.scratch, Scratch::Tmpfs(0)));
         assert_eq!(plan.unix_time_ns, None);
+    }
+
+    #[test]
+    fn growth_has_bounds() {
+        let of = |vcpus, added_bytes| SetupSandboxRequest {
+            growth: Some(agent::Growth { vcpus, added_bytes }),
+            ..Default::default()
+        };
+        let plan = Plan::try_from(of(2, 384 << 20)).unwrap();
+        let grown = Growth {
+            vcpus: 2,
+            added_bytes: 384 << 20,
+        };
+        assert_eq!(plan.growth, Some(grown));
+        for wrong in [of(0, 0), of(65, 0), of(1, u64::MAX)] {
+            assert!(error(wrong).contains("growth"));
+        }
     }
 
     #[test]

@@ -149,7 +149,7 @@ const KEYS: &[(&str, &str, &str)] = &[
     (
         "microvm",
         "templates",
-        "Whether pods are clones of machines that were booted once, of the same memory, processors and kernel. They share what their kernels have in memory until they change it.",
+        "Whether pods are clones of machines that were booted once: of their own size, or small ones that grow. They share what their kernels have in memory until they change it.",
     ),
     (
         "microvm",

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Component, Path};
 
 use caisson_proto::cri;
+use caisson_vmm_protocol::GrowthConfig;
 use serde::{Deserialize, Serialize};
 
 use super::{Dependencies, FileCheck, MOST_LAYERS, SnapshotError};
@@ -51,6 +52,31 @@ pub struct Machine {
     pub vcpus: u8,
     /// Memory in MiB.
     pub memory_mib: u32,
+    /// What it had grown from, if it had.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub growth: Option<GrowthConfig>,
+}
+
+impl Machine {
+    fn check(&self) -> Result<(), String> {
+        let Self {
+            vcpus,
+            memory_mib,
+            growth,
+        } = *self;
+        if !VCPUS.contains(&vcpus) || !MEMORY_MIB.contains(&memory_mib) {
+            return Err(format!(
+                "no machine has {vcpus} vCPUs and {memory_mib} MiB of memory"
+            ));
+        }
+        match growth {
+            Some(from) if from.vcpus > vcpus || from.memory_mib > memory_mib => Err(format!(
+                "no machine grows from {} vCPUs and {} MiB of memory into less",
+                from.vcpus, from.memory_mib
+            )),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// An image layer where the guest knows it.
@@ -94,12 +120,7 @@ impl Manifest {
     }
 
     fn check(&self) -> Result<(), String> {
-        let Machine { vcpus, memory_mib } = self.machine;
-        if !VCPUS.contains(&vcpus) || !MEMORY_MIB.contains(&memory_mib) {
-            return Err(format!(
-                "no machine has {vcpus} vCPUs and {memory_mib} MiB of memory"
-            ));
-        }
+        self.machine.check()?;
         if self.layers.len() > MOST_LAYERS || self.containers.len() > MOST_CONTAINERS {
             return Err("it has more layers or containers than a pod can have".into());
         }

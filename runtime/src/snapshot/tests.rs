@@ -40,6 +40,7 @@ fn manifest() -> Manifest {
         machine: Machine {
             vcpus: 1,
             memory_mib: 64,
+            growth: None,
         },
         layers: Vec::new(),
         memory: FileCheck::default(),

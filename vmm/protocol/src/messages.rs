@@ -176,8 +176,8 @@ pub struct PlacedLayer {
 }
 
 /// A machine that is, or begins as, a template: one that was booted once, of which pods are clones. A clone has the
-/// vCPUs, memory, devices, kernel and command line of its template. So has one that is restored, of the machine that
-/// was saved ([`Request::Save`]).
+/// vCPUs, memory, devices, kernel and command line of its template, or more vCPUs and memory of one that grows. So has one that
+/// is restored, of the machine that was saved ([`Request::Save`]).
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TemplateConfig {
@@ -188,6 +188,22 @@ pub struct TemplateConfig {
     pub memory: FdIndex,
     /// The file with everything else, likewise.
     pub state: FdIndex,
+    /// That it grows; none: a clone is as large as its template.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub growth: Option<GrowthConfig>,
+}
+
+/// What a machine was when its kernel booted that can grow beyond it: the guest brings the other vCPUs into use when it is told
+/// to, and takes the other memory by a memory device (virtio 1.2 §5.15).
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GrowthConfig {
+    /// The vCPUs that it had, 1 to those that it has now.
+    pub vcpus: u8,
+    /// The memory that it had in MiB, 64 to 3072, and no more than it has now. The rest is a multiple of 4 MiB.
+    pub memory_mib: u32,
+    /// The most vCPUs that its kernel knows of, at least those that it has now.
+    pub most_vcpus: u8,
 }
 
 /// Whether a template, or a saved machine, is made or used.
@@ -344,6 +360,9 @@ pub struct SavedMachine {
     pub vcpus: u8,
     /// Its memory in MiB.
     pub memory_mib: u32,
+    /// What it has grown from, if it has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub growth: Option<GrowthConfig>,
     /// Its layers, by ascending offsets.
     pub layers: Vec<LayerPlace>,
 }

@@ -38,7 +38,8 @@ pub struct MmioDevice {
 #[error("the ACPI tables of {0} bytes do not fit below 1 MiB; give the pod fewer devices")]
 pub struct AcpiError(usize);
 
-/// Writes all tables and returns the address of the root pointer (RSDP).
+/// Writes all tables and returns the address of the root pointer (RSDP). `vcpus` are all that there may ever be: a kernel that
+/// is to begin with fewer is told so by its command line.
 ///
 /// # Errors
 /// [`AcpiError`] if there are more devices than the tables have room for.

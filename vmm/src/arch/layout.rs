@@ -25,6 +25,12 @@ pub const HIGH_RAM: GuestAddress = GuestAddress(0x10_0000);
 pub const MMIO_HOLE: u64 = 0xc000_0000;
 /// End of that hole; memory goes on here.
 pub const MMIO_HOLE_END: u64 = 0x1_0000_0000;
+/// Where memory is that a guest takes in use after its boot: behind that of the largest template that grows.
+pub const ADDED: GuestAddress = GuestAddress(MMIO_HOLE_END);
+/// The most of it, in bytes: a guest is told so when it boots, and all processors can address as much.
+pub const ADDED_MOST: u64 = 256 << 30;
+/// It comes in blocks of so many bytes, the least that Linux handles at a time.
+pub const ADDED_BLOCK: u64 = 4 << 20;
 /// The first virtio-mmio window.
 pub const VIRTIO_MMIO: u64 = 0xd000_0000;
 /// The size of one virtio-mmio window.
@@ -66,14 +72,31 @@ pub const FIRST_DEVICE_GSI: u32 = 5;
 /// The last pin of the I/O APIC.
 pub const LAST_DEVICE_GSI: u32 = 23;
 
-/// The guest's memory as ranges of address and length, around the hole below 4 GiB.
-pub fn memory_ranges(bytes: u64) -> Vec<(GuestAddress, usize)> {
-    let low = bytes.min(MMIO_HOLE);
-    let mut ranges = vec![(GuestAddress(0), low as usize)];
-    if bytes > low {
-        ranges.push((GuestAddress(MMIO_HOLE_END), (bytes - low) as usize));
+/// How much memory a machine has, in bytes.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct MemorySize {
+    /// What the guest finds when it boots.
+    pub first: u64,
+    /// What it takes in use afterwards, at [`ADDED`]. Where there is some, the first part ends below the hole.
+    pub added: u64,
+}
+
+impl MemorySize {
+    /// All of it.
+    pub fn all(self) -> u64 {
+        self.first + self.added
     }
-    ranges
+
+    /// It as ranges of address and length, around the hole below 4 GiB.
+    pub fn ranges(self) -> Vec<(GuestAddress, usize)> {
+        let low = self.first.min(MMIO_HOLE);
+        let high = (self.first - low) + self.added;
+        let mut ranges = vec![(GuestAddress(0), low as usize)];
+        if high > 0 {
+            ranges.push((GuestAddress(MMIO_HOLE_END), high as usize));
+        }
+        ranges
+    }
 }
 
 /// The end of memory below the hole.
@@ -99,13 +122,18 @@ mod tests {
 
     #[test]
     fn memory_goes_round_the_hole() {
-        assert_eq!(memory_ranges(64 << 20), [(GuestAddress(0), 64 << 20)]);
+        let ranges = |first, added| MemorySize { first, added }.ranges();
+        assert_eq!(ranges(64 << 20, 0), [(GuestAddress(0), 64 << 20)]);
         assert_eq!(
-            memory_ranges(4 << 30),
+            ranges(4 << 30, 0),
             [
                 (GuestAddress(0), 3 << 30),
                 (GuestAddress(MMIO_HOLE_END), 1 << 30)
             ]
+        );
+        assert_eq!(
+            ranges(64 << 20, 8 << 20),
+            [(GuestAddress(0), 64 << 20), (ADDED, 8 << 20)]
         );
     }
 

@@ -279,12 +279,13 @@ impl Control {
         let written = thread
             .join()
             .map_err(|_| "the thread that saves has ended")?;
-        let (vcpus, memory_mib) = written?;
+        let size = written?;
         let layers = self.running.layers.as_ref().map(|layers| layers.places());
         let places = layers.unwrap_or_default().into_iter();
         Ok(Reply::Saved(SavedMachine {
-            vcpus,
-            memory_mib,
+            vcpus: size.vcpus,
+            memory_mib: size.memory_mib,
+            growth: size.growth,
             layers: places
                 .map(|(name, place)| LayerPlace {
                     name,

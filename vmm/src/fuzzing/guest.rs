@@ -18,8 +18,10 @@ const INDIRECT: u16 = 4;
 
 /// Memory is here, and behind a hole, as on a machine with much of it.
 const LOW: u64 = 0x2_0000;
-const HIGH: u64 = 0x4_0000;
-const HIGH_LEN: usize = 0x1_0000;
+/// That part.
+pub const HIGH: u64 = 0x4_0000;
+/// Its bytes.
+pub const HIGH_LEN: usize = 0x1_0000;
 /// The rings of a queue take so much, from address 0 on. What a good driver gives lies behind all of them.
 const STRIDE: u64 = 0x3000;
 const BUFFERS: u64 = 0x1_0000;
@@ -39,6 +41,8 @@ impl Interrupt for NoInterrupt {
     fn config(&self, _: u64, _: &[u8]) -> io::Result<()> {
         Ok(())
     }
+
+    fn config_silently(&self, _: u64, _: &[u8]) {}
 
     fn by_kernel(&self) -> io::Result<EventFd> {
         EventFd::new(EFD_NONBLOCK)

@@ -14,6 +14,7 @@ pub use crate::logs::fuzzing::logs;
 pub use crate::virtio::balloon::fuzzing::balloon;
 pub use crate::virtio::blk::fuzzing::blk;
 pub use crate::virtio::fs::fuzzing::{fs, fuse};
+pub use crate::virtio::mem::fuzzing::mem;
 pub use crate::virtio::net::fuzzing::net;
 pub use crate::virtio::rng::fuzzing::rng;
 pub use crate::virtio::vsock::fuzzing::{vsock, vsock_packets};

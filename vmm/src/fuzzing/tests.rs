@@ -2,4 +2,4 @@
 
 include!("../../../tests/fuzz/seed_tests.rs");
 
-seeds!(balloon blk bus control fs fuse logs net rng vsock vsock_packets);
+seeds!(balloon blk bus control fs fuse logs mem net rng vsock vsock_packets);

@@ -6,7 +6,8 @@
 //! the template ended, so its agent listens at once.
 //!
 //! What the two have in common is what the template was booted with: kernel, agent, command line, memory, vCPUs and
-//! devices. The disks and the network device of a template have nothing behind them that matters: the guest has not
+//! devices. A clone of a template that grows has more of memory and vCPUs: its kernel knows of the vCPUs that wait to be
+//! woken, and the memory is behind a device ([`crate::virtio::mem`]). The disks and the network device of a template have nothing behind them that matters: the guest has not
 //! looked at them. A parked device has served all that it took from its rings, so a ring's own used index says
 //! where it was, and needs no place in the state.
 //!

@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{TemplateError, kvm};
 
+/// The time stamp counter.
+const MSR_TSC: u32 = 0x10;
 /// The time stamp counter's deadline: it means nothing before the counter and the local APIC are there.
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
 
@@ -149,6 +151,20 @@ impl VcpuState {
         write_msrs(vcpu, &deadline)?;
         vcpu.set_vcpu_events(&self.events)
             .map_err(kvm("take a vCPU's pending events"))
+    }
+
+    /// Gives a new vCPU the time stamp counter that this one had.
+    ///
+    /// # Errors
+    /// [`TemplateError`].
+    pub fn put_time(&self, vcpu: &VcpuFd) -> Result<(), TemplateError> {
+        let time: Vec<_> = self
+            .msrs
+            .iter()
+            .copied()
+            .filter(|msr| msr.index == MSR_TSC)
+            .collect();
+        write_msrs(vcpu, &time)
     }
 }
 

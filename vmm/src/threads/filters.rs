@@ -25,6 +25,8 @@ pub enum Kind {
     Rng,
     /// Serves the balloon device.
     Balloon,
+    /// Serves the memory device.
+    Mem,
     /// Carries streams between the guest and the host.
     Vsock,
     /// Serves the share.
@@ -42,13 +44,14 @@ pub enum Kind {
 }
 
 /// Every kind but the starter, whose filter is made of theirs.
-pub const KINDS: [Kind; 13] = [
+pub const KINDS: [Kind; 14] = [
     Kind::Main,
     Kind::Vcpu,
     Kind::Block,
     Kind::Net,
     Kind::Rng,
     Kind::Balloon,
+    Kind::Mem,
     Kind::Vsock,
     Kind::Fs,
     Kind::Console,
@@ -276,7 +279,7 @@ impl Kind {
             Self::Vcpu => &[ALL, VCPU],
             Self::Block => &[ALL, EVENTS, BLOCK],
             Self::Net => &[ALL, EVENTS, NET],
-            Self::Rng | Self::Balloon => &[ALL, EVENTS],
+            Self::Rng | Self::Balloon | Self::Mem => &[ALL, EVENTS],
             Self::Vsock => &[ALL, EVENTS, VSOCK],
             Self::Fs => &[ALL, EVENTS, FS],
             Self::Console | Self::Save => &[ALL],
@@ -324,8 +327,8 @@ fn rules(kind: Kind) -> Result<BTreeMap<c_long, Vec<SeccompRule>>, seccompiler::
             vec![argument(2, SeccompCmpOp::MaskedEq(executable), 0)?],
         );
     }
-    // What a guest reports is thrown away; nothing else is done to its memory.
-    if kind == Kind::Balloon {
+    // What a guest gives back is thrown away; nothing else is done to its memory.
+    if matches!(kind, Kind::Balloon | Kind::Mem) {
         let throw_away = argument(2, SeccompCmpOp::Eq, libc::MADV_DONTNEED as u64)?;
         rules.insert(libc::SYS_madvise, vec![throw_away]);
     }

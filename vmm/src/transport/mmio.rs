@@ -83,8 +83,12 @@ impl Interrupt for MmioInterrupt {
     }
 
     fn config(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        self.registers.set_config(offset, bytes);
+        self.config_silently(offset, bytes);
         self.changed()
+    }
+
+    fn config_silently(&self, offset: u64, bytes: &[u8]) {
+        self.registers.set_config(offset, bytes);
     }
 
     fn by_kernel(&self) -> io::Result<EventFd> {

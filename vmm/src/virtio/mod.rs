@@ -10,7 +10,9 @@
 pub mod balloon;
 pub mod blk;
 pub mod buffers;
+mod discard;
 pub mod fs;
+pub mod mem;
 pub mod net;
 pub mod queue;
 mod rate;
@@ -44,6 +46,9 @@ pub trait Interrupt: Send + Sync {
     /// # Errors
     /// What the kernel says of the eventfd or ioctl.
     fn config(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
+
+    /// Change bytes of the configuration space of which the driver need not be told: it looks there by itself.
+    fn config_silently(&self, offset: u64, bytes: &[u8]);
 
     /// An event by which the host's kernel itself tells the driver that queues have used buffers, any of them.
     ///

@@ -61,6 +61,7 @@ pub fn memory() -> Memory {
 pub struct Interrupts {
     queue: AtomicUsize,
     config: Mutex<Vec<(u64, Vec<u8>)>>,
+    silent: Mutex<Vec<(u64, Vec<u8>)>>,
     kernel: Mutex<Option<EventFd>>,
 }
 
@@ -73,6 +74,11 @@ impl Interrupts {
     /// Configuration changes so far: where, and what is there now.
     pub fn configs(&self) -> Vec<(u64, Vec<u8>)> {
         self.config.lock().unwrap().clone()
+    }
+
+    /// Those of which the driver was not told.
+    pub fn silent_configs(&self) -> Vec<(u64, Vec<u8>)> {
+        self.silent.lock().unwrap().clone()
     }
 
     /// The event that the kernel was given in place of [`Interrupt::queue`].
@@ -91,6 +97,10 @@ impl Interrupt for Interrupts {
     fn config(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         self.config.lock().unwrap().push((offset, bytes.to_vec()));
         Ok(())
+    }
+
+    fn config_silently(&self, offset: u64, bytes: &[u8]) {
+        self.silent.lock().unwrap().push((offset, bytes.to_vec()));
     }
 
     fn by_kernel(&self) -> io::Result<EventFd> {

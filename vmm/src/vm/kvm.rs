@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::memory;
 use crate::arch::cpuid::{Cpuid, CpuidError};
-use crate::arch::layout;
+use crate::arch::layout::{self, MemorySize};
 use crate::arch::regs::{self, RegsError};
 use crate::template::{MachineState, Overlay, Saver, TemplateError, kvm};
 use crate::transport::Registers;
@@ -104,11 +104,11 @@ pub struct KvmVm {
 }
 
 impl KvmVm {
-    /// Makes a VM with so many bytes of memory.
+    /// Makes a VM with so much memory.
     ///
     /// # Errors
     /// [`KvmError`] says what KVM lacks or refused.
-    pub fn new(device: OwnedFd, bytes: u64, content: Content<'_>) -> Result<Self, KvmError> {
+    pub fn new(device: OwnedFd, size: MemorySize, content: Content<'_>) -> Result<Self, KvmError> {
         // SAFETY: the descriptor is ours and is given away; nobody else closes it.
         let kvm = unsafe { Kvm::from_raw_fd(device.into_raw_fd()) };
         let version = kvm.get_api_version();
@@ -127,7 +127,7 @@ impl KvmVm {
             .map_err(ioctl("set the task state segment's address"))?;
         vm.create_irq_chip()
             .map_err(ioctl("make interrupt controllers"))?;
-        let memory = map(&vm, bytes, content)?;
+        let memory = map(&vm, size, content)?;
         Ok(Self {
             vm,
             kvm,
@@ -185,12 +185,18 @@ impl KvmVm {
             .map_err(ioctl("connect a driver's acknowledgement"))
     }
 
-    /// Makes the vCPUs. The first one will begin at `entry`, the others wait to be woken by it.
+    /// Makes the vCPUs, of which the guest is told that there may be `most`. The first one will begin at `entry`, the others
+    /// wait to be woken by it.
     ///
     /// # Errors
     /// [`KvmError`].
-    pub fn create_vcpus(&self, count: u8, entry: GuestAddress) -> Result<Vec<VcpuFd>, KvmError> {
-        let cpuid = Cpuid::new(&self.kvm, count)?;
+    pub fn create_vcpus(
+        &self,
+        count: u8,
+        most: u8,
+        entry: GuestAddress,
+    ) -> Result<Vec<VcpuFd>, KvmError> {
+        let cpuid = Cpuid::new(&self.kvm, most)?;
         regs::write_boot_tables(&self.memory)?;
         (0..count)
             .map(|id| {
@@ -212,18 +218,31 @@ impl KvmVm {
         Ok(vcpu)
     }
 
-    /// Makes the vCPUs of a clone, which go on where its template's were, and what they share of KVM.
+    /// Makes the vCPUs of a clone, which go on where its template's were, and what they share of KVM. Those that the template
+    /// did not have wait to be woken. `most` is as it was.
     ///
     /// # Errors
     /// [`KvmError`] and [`TemplateError`].
-    pub fn restore_vcpus(&self, state: &MachineState) -> Result<Vec<VcpuFd>, RestoreError> {
-        let count = u8::try_from(state.vcpus.len()).unwrap_or(u8::MAX);
-        let cpuid = Cpuid::new(&self.kvm, count).map_err(KvmError::from)?;
+    pub fn restore_vcpus(
+        &self,
+        state: &MachineState,
+        count: u8,
+        most: u8,
+    ) -> Result<Vec<VcpuFd>, RestoreError> {
+        let cpuid = Cpuid::new(&self.kvm, most).map_err(KvmError::from)?;
         let vcpus = (0..count)
             .map(|id| self.create_vcpu(id, &cpuid))
             .collect::<Result<Vec<_>, _>>()?;
         for (vcpu, state) in vcpus.iter().zip(&state.vcpus) {
             state.put(vcpu)?;
+        }
+        for vcpu in vcpus.iter().skip(state.vcpus.len()) {
+            set_features(vcpu, &cpuid)?;
+            regs::set_up(vcpu, None).map_err(KvmError::from)?;
+            // KVM then counts it among those whose time stamp counters agree, and the guest's clock is one for all.
+            if let Some(first) = state.vcpus.first() {
+                first.put_time(vcpu)?;
+            }
         }
         for chip in &state.chips {
             self.vm
@@ -308,21 +327,22 @@ fn create(kvm: &Kvm) -> Result<VmFd, KvmError> {
     }
 }
 
-fn map(vm: &VmFd, bytes: u64, content: Content<'_>) -> Result<GuestMemoryMmap, KvmError> {
-    let ranges = layout::memory_ranges(bytes);
+fn map(vm: &VmFd, size: MemorySize, content: Content<'_>) -> Result<GuestMemoryMmap, KvmError> {
+    let ranges = size.ranges();
     let memory = match content {
         Content::Nothing => memory::map(&ranges),
         Content::Template(file) => memory::map(&ranges).and_then(|memory| {
-            Overlay::new(file, bytes)?.lay(&memory)?;
+            // What is added to a clone its template did not have.
+            Overlay::new(file, size.first)?.lay(&memory)?;
             Ok(memory)
         }),
         Content::Copy(file) => memory::map(&ranges).and_then(|memory| {
-            Overlay::new(file, bytes)?.fill(&memory)?;
+            Overlay::new(file, size.all())?.fill(&memory)?;
             Ok(memory)
         }),
     };
     let memory = memory.map_err(|source| KvmError::Memory {
-        mib: bytes >> 20,
+        mib: size.all() >> 20,
         source,
     })?;
     for (slot, region) in memory.iter().enumerate() {

@@ -11,7 +11,8 @@ use vm_memory::{Bytes, GuestAddress};
 use vm_superio::Serial;
 
 use super::*;
-use crate::arch::{layout, regs};
+use crate::arch::layout::{self, MemorySize};
+use crate::arch::regs;
 
 const CODE: u64 = 0x2_0000;
 
@@ -24,10 +25,14 @@ fn machine(code: &[u8]) -> Option<(Machine, std::fs::File)> {
             return None;
         }
     };
-    let vm = KvmVm::new(OwnedFd::from(device), 64 << 20, Content::Nothing).unwrap();
+    let size = MemorySize {
+        first: 64 << 20,
+        added: 0,
+    };
+    let vm = KvmVm::new(OwnedFd::from(device), size, Content::Nothing).unwrap();
     vm.memory().write_slice(code, GuestAddress(CODE)).unwrap();
     regs::write_boot_tables(vm.memory()).unwrap();
-    let vcpus = vm.create_vcpus(2, GuestAddress(CODE)).unwrap();
+    let vcpus = vm.create_vcpus(2, 2, GuestAddress(CODE)).unwrap();
     let console = tempfile::tempfile().unwrap();
     let serial = Serial::new(
         SerialLine(vm.interrupt_line(layout::SERIAL_GSI).unwrap()),
@@ -37,7 +42,7 @@ fn machine(code: &[u8]) -> Option<(Machine, std::fs::File)> {
     let saver = vm.saver(&vcpus).unwrap();
     let bus = Arc::new(Bus::new(serial, Vec::new(), Arc::clone(&ending)));
     let vcpus = Vcpus::start(vcpus, &bus, &ending).unwrap();
-    Some((Machine::new(vm, vcpus, bus, ending, saver), console))
+    Some((Machine::new(vm, vcpus, bus, ending, saver, None), console))
 }
 
 /// `mov dx, port; mov al, value; out dx, al`

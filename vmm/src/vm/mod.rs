@@ -18,10 +18,21 @@ pub use vcpu::Vcpus;
 use std::io::Write;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use caisson_vmm_protocol::VmState;
+use caisson_vmm_protocol::{GrowthConfig, VmState};
 use vm_memory::{GuestMemory, GuestMemoryRegion};
 
 use crate::template::{self, MachineState, Saver, TemplateError};
+
+/// How large a machine is.
+#[derive(Clone, Copy, Debug)]
+pub struct MachineSize {
+    /// Virtual CPUs.
+    pub vcpus: u8,
+    /// MiB of memory.
+    pub memory_mib: u32,
+    /// What it has grown from, if it has.
+    pub growth: Option<GrowthConfig>,
+}
 
 /// A machine whose vCPUs have been started.
 pub struct Machine {
@@ -30,19 +41,28 @@ pub struct Machine {
     ending: Arc<Ending>,
     saver: Mutex<Saver>,
     state: Mutex<VmState>,
+    growth: Option<GrowthConfig>,
     /// Keeps the VM and the guest's memory for as long as the machine runs.
     vm: KvmVm,
 }
 
 impl Machine {
-    /// A running machine, whose vCPUs `saver` can read.
-    pub fn new(vm: KvmVm, vcpus: Vcpus, bus: Arc<Bus>, ending: Arc<Ending>, saver: Saver) -> Self {
+    /// A running machine, whose vCPUs `saver` can read, and what it has grown from.
+    pub fn new(
+        vm: KvmVm,
+        vcpus: Vcpus,
+        bus: Arc<Bus>,
+        ending: Arc<Ending>,
+        saver: Saver,
+        growth: Option<GrowthConfig>,
+    ) -> Self {
         Self {
             vcpus,
             bus,
             ending,
             saver: Mutex::new(saver),
             state: Mutex::new(VmState::Running),
+            growth,
             vm,
         }
     }
@@ -110,11 +130,15 @@ impl Machine {
         written
     }
 
-    /// The number of vCPUs, and MiB of memory.
-    pub fn size(&self) -> (u8, u32) {
-        // Both were checked when the machine was made.
+    /// How large it is.
+    pub fn size(&self) -> MachineSize {
         let bytes: u64 = self.vm.memory().iter().map(|region| region.len()).sum();
-        (self.vcpus.count() as u8, (bytes >> 20) as u32)
+        MachineSize {
+            // Both were checked when the machine was made.
+            vcpus: self.vcpus.count() as u8,
+            memory_mib: (bytes >> 20) as u32,
+            growth: self.growth,
+        }
     }
 
     /// Ends the vCPUs and the devices, after the machine's end was told.

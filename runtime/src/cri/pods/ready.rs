@@ -136,7 +136,7 @@ pub async fn keep_ready(context: &Context) {
 async fn start(context: &Context) -> Result<Option<Ready>, CriError> {
     let shape = size::usual_shape(&context.config.microvm)?;
     let templates = context.microvm.templates.as_ref();
-    let Some(template) = templates.and_then(|all| all.find(&shape, &context.microvm)) else {
+    let Some(template) = templates.and_then(|all| all.of(&shape, &context.microvm)) else {
         return Ok(None);
     };
     let id = new_id();

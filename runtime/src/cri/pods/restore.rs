@@ -125,6 +125,7 @@ async fn make(
         mac: before
             .map(|network| network.mac.clone())
             .unwrap_or_default(),
+        growth: snapshot.manifest.machine.growth,
     };
     let turn = context.boots.acquire().await;
     let restored = MicroVm::restore(&plan, &context.microvm, saved, network.clone(), timings).await;

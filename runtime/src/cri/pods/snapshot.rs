@@ -28,6 +28,8 @@ use crate::snapshot::{
 use crate::steps::{self, Step};
 use crate::store::{SandboxRecord, SandboxState};
 
+/// A machine that has grown has up to so many MiB more than its pod asks for, as what was added comes in blocks.
+const GROWN_MIB: u64 = 4;
 /// How long a pod may take to stand still: its processes, and who reads its output.
 const STANDSTILL: Duration = Duration::from_secs(60);
 
@@ -118,7 +120,8 @@ async fn write(
     steps::done(Step::PodStandsStill);
     let record = pod.record();
     let (_, memory_mib) = size::machine(&record.config.0, &context.config.microvm);
-    let (writing, machine) = take_machine(sandbox, writing, u64::from(memory_mib) << 20).await?;
+    let most = (u64::from(memory_mib) + GROWN_MIB) << 20;
+    let (writing, machine) = take_machine(sandbox, writing, most).await?;
     steps::done(Step::MachineWritten);
     let manifest = Manifest {
         format: Manifest::FORMAT,
@@ -127,6 +130,7 @@ async fn write(
         machine: Machine {
             vcpus: machine.vcpus,
             memory_mib: machine.memory_mib,
+            growth: machine.growth,
         },
         layers: layers(context, containers, &machine)?,
         memory: FileCheck::default(),

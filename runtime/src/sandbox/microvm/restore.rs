@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use caisson_proto::agent as proto;
-use caisson_vmm_protocol::{PlacedLayer, TemplateConfig, TemplateRole};
+use caisson_vmm_protocol::{GrowthConfig, PlacedLayer, TemplateConfig, TemplateRole};
 
 use super::share::Share;
 use super::start::{self, Machine, Parts, wait_for_agent};
@@ -28,6 +28,8 @@ pub struct Saved {
     pub layers: Vec<(PathBuf, u64)>,
     /// The MAC of its network device.
     pub mac: String,
+    /// What it had grown from, if it had.
+    pub growth: Option<GrowthConfig>,
 }
 
 impl MicroVm {
@@ -94,6 +96,7 @@ impl MicroVm {
                 role: TemplateRole::Restore,
                 memory: fds.push(&saved.memory),
                 state: fds.push(&saved.state),
+                growth: saved.growth,
             };
             let machine = Machine {
                 placed_layers,

@@ -9,12 +9,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use caisson_proto::agent as proto;
 use caisson_vmm_protocol::{
-    DiskConfig, ExitReason, JailConfig, NetConfig, PROTOCOL_VERSION, PlacedLayer, Reply, Request,
-    ShareConfig, TemplateConfig, VmConfig, VsockConfig,
+    DiskConfig, ExitReason, GrowthConfig, JailConfig, NetConfig, PROTOCOL_VERSION, PlacedLayer,
+    Reply, Request, ShareConfig, TemplateConfig, VmConfig, VsockConfig,
 };
 
 use super::share::{GUEST_PATH, Share};
-use super::template::{Shape, Template};
+use super::template::{Shape, Template, rounded};
 use super::vhost;
 use super::{LAYERS_SERIAL, MicroVm, MicroVmConfig, PROCESS_MIB};
 use crate::network::{Coming, PodNetwork};
@@ -40,6 +40,8 @@ const MAC: &str = "02:00:00:00:00:01";
 const MTU: u16 = u16::MAX;
 /// How much entropy a guest is given at its start, in bytes.
 const ENTROPY: usize = 64;
+/// Says that a kernel brings one CPU up by itself, whichever there may be.
+const ONE_CPU: &str = "maxcpus=1";
 /// The kernel command line: serial console, no time spent on probing what a guest does not have, and a panic
 /// ends the machine. What fails before there is a console is told all the same.
 const CMDLINE: &str = "console=ttyS0 earlyprintk=ttyS0,115200 quiet panic=-1 reboot=t \
@@ -63,7 +65,7 @@ impl MicroVm {
     ///
     /// If a step fails everything is taken back, the network excepted, which is the caller's. A guest that
     /// resets itself before its agent has answered has done nothing yet, so it is booted once more, and the log says so.
-    /// Where there is a template of its shape, the pod is a clone of that; or it gets the machine that was started `ahead`.
+    /// Where there is a template of its shape, or one that grows, the pod is a clone of that; or it gets the machine that was started `ahead`.
     ///
     /// # Errors
     /// [`SandboxError::Start`] with the step that failed and why; [`SandboxError::Reset`] for a guest that resets
@@ -117,6 +119,10 @@ impl MicroVm {
         timings: Timings,
         origin: Origin<'_>,
     ) -> Result<Self, SandboxError> {
+        let growth = match &origin {
+            Origin::Clone(template) => template.growth(),
+            Origin::Ahead(_) | Origin::Boot => None,
+        };
         let result = async {
             let machine = async {
                 match origin {
@@ -133,7 +139,7 @@ impl MicroVm {
             timings
                 .step(
                     "set up sandbox in guest",
-                    set_up(&vm, plan, network.as_ref()),
+                    set_up(&vm, plan, network.as_ref(), growth),
                 )
                 .await
                 .map_err(SandboxError::at(
@@ -339,10 +345,11 @@ pub fn machine(
     fds: &mut Fds,
 ) -> Machine {
     let taps = plan.port.iter().filter_map(|port| port.tap.as_ref());
+    let growth = template.as_ref().and_then(|template| template.growth);
     Machine {
         id: plan.id.clone(),
         vcpus: plan.vcpus,
-        memory_mib: plan.memory_mib,
+        memory_mib: growth.map_or(plan.memory_mib, |it| rounded(plan.memory_mib, &it)),
         user: plan.user,
         nets: taps.map(|tap| net(tap.as_ref(), vhost, fds)).collect(),
         template,
@@ -395,7 +402,10 @@ pub async fn boot(
         kvm: fds.push(&kvm),
         kernel: fds.push(&kernel),
         initramfs: Some(fds.push(&initramfs)),
-        cmdline: command_line(config),
+        cmdline: match machine.template.as_ref().and_then(|it| it.growth) {
+            Some(_) => format!("{} {ONE_CPU}", command_line(config)),
+            None => command_line(config),
+        },
         console: fds.push(&console),
         console_limit: CONSOLE_LIMIT,
         control_listener: Some(fds.push(&control_listener)),
@@ -505,8 +515,24 @@ pub async fn wait_for_agent(control: &Control, dir: &PodDir, limit: Duration) ->
     Err(io::Error::new(kind, said))
 }
 
-async fn set_up(vm: &MicroVm, plan: &SandboxPlan, network: Option<&PodNetwork>) -> io::Result<()> {
-    agent::set_up(vm.agent(), request(plan, network, MAC)?).await
+async fn set_up(
+    vm: &MicroVm,
+    plan: &SandboxPlan,
+    network: Option<&PodNetwork>,
+    growth: Option<GrowthConfig>,
+) -> io::Result<()> {
+    let growth = growth.map(|growth| {
+        let added = rounded(plan.memory_mib, &growth) - growth.memory_mib;
+        proto::Growth {
+            vcpus: plan.vcpus.into(),
+            added_bytes: u64::from(added) << 20,
+        }
+    });
+    let request = proto::SetupSandboxRequest {
+        growth,
+        ..request(plan, network, MAC)?
+    };
+    agent::set_up(vm.agent(), request).await
 }
 
 /// What the agent is told of the pod. `current_mac` is what its network device has until then.
@@ -543,6 +569,7 @@ pub fn request(
         entropy,
         shared_pid_namespace: plan.shared_pid_namespace,
         user_namespace: agent::user_namespace(plan.ids.as_ref()),
+        growth: None,
     })
 }
 

@@ -1,8 +1,9 @@
 //! One input of the fuzz target `balloon`.
 
-use super::{DEVICE, PAGE, QUEUE_SIZES, Rings};
+use super::{DEVICE, QUEUE_SIZES, Rings};
 use crate::fuzzing::guest::{Device, Guest};
 use crate::fuzzing::input::Input;
+use crate::virtio::discard::PAGE;
 
 impl Device for Rings {
     type Handler = Self;

@@ -21,14 +21,13 @@
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 
-use std::io;
-
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use vm_memory::{GuestAddressSpace, VolatileSlice};
+use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 
+use super::discard::{discard, is_whole_pages};
 use super::queue::{Chain, Ring};
 use super::service::{self, Service};
 use super::worker::{Handler, Poll};
@@ -43,8 +42,6 @@ const REPORTING_FEATURE: u32 = 5;
 const QUEUE_SIZES: [u16; 3] = [64, 64, 64];
 /// The queue of reports.
 const REPORTS: usize = 2;
-/// The size of a page.
-const PAGE: usize = 4096;
 
 /// A balloon device.
 pub struct Balloon(Service<(), Rings>);
@@ -166,24 +163,9 @@ fn give_back(report: &Chain<'_>) -> Result<(), DeviceError> {
     if !slices().all(is_whole_pages) {
         return Err(broken("a report is not of whole pages"));
     }
-    slices().try_for_each(release)
-}
-
-/// Regions of guest memory begin at pages, on the host as in the guest, so an address is a page's in both or in neither.
-fn is_whole_pages(slice: &VolatileSlice<'_>) -> bool {
-    let begin = slice.ptr_guard().as_ptr() as usize;
-    begin.is_multiple_of(PAGE) && slice.len().is_multiple_of(PAGE)
-}
-
-fn release(slice: &VolatileSlice<'_>) -> Result<(), DeviceError> {
-    let begin = slice.ptr_guard_mut().as_ptr();
-    // SAFETY: the slice is in guest memory, which stays mapped, here and after this: only its content changes. That can change
-    // at any time, as everybody who looks at it knows; nobody has a reference to it.
-    let done = unsafe { libc::madvise(begin.cast(), slice.len(), libc::MADV_DONTNEED) };
-    match done {
-        0 => Ok(()),
-        _ => Err(DeviceError::host(DEVICE)(io::Error::last_os_error())),
-    }
+    slices()
+        .try_for_each(discard)
+        .map_err(DeviceError::host(DEVICE))
 }
 
 fn broken(what: &str) -> DeviceError {

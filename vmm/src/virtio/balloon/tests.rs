@@ -8,6 +8,7 @@ use vm_memory::GuestAddress;
 use super::super::testing::{Desc, Driver, Interrupts, activation, memory, wait_until};
 use super::*;
 use crate::template::Overlay;
+use crate::virtio::discard::PAGE;
 
 const REPORTING: u64 = 1 << REPORTING_FEATURE;
 const PAGES: u32 = PAGE as u32;

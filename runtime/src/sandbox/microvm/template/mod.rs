@@ -1,7 +1,9 @@
 //! Templates: machines that were booted once and of which pods are clones (see `caisson_vmm::template`).
 //!
-//! A clone has the shape of its template, so there is a template for each [`Shape`]: the usual one is made when the daemon
-//! starts, any other when it is asked for the second time. A pod whose template is not there boots its kernel. Templates
+//! A clone has the shape of its template, or grows from a small one. The usual [`Shape`] has a template that is made when the
+//! daemon starts, and so has the smallest, which grows; any other has one from the second time on. A clone that has its shape from
+//! its template costs less: what describes the memory that was added is its own, some 16 MiB for each GiB, and
+//! its guest works for it at its start. A pod with nothing to be a clone of boots its kernel. Templates
 //! are in the state directory, in a file system in memory: `templates/<key>/` has `memory` and `state`, and the key says all that
 //! a template depends on, so one that fits no more is never found. What is in `templates/pods/` is being made.
 
@@ -17,7 +19,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use caisson_vmm_protocol::{ExitReason, TemplateConfig, TemplateRole};
+use caisson_vmm_protocol::{ExitReason, GrowthConfig, TemplateConfig, TemplateRole};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
@@ -31,10 +33,19 @@ use crate::sandbox::{SandboxPlan, Scratch, take_back};
 
 /// The directory of templates in the state directory.
 const PLACE: &str = "templates";
-/// The most templates. Each holds in memory what a guest has written until it was settled.
+/// The most templates beside those that grow. Each holds in memory what a guest has written until it was settled.
 const MOST: usize = 4;
 /// How often a shape is asked for before there is a template of it.
 const ASKED: u32 = 2;
+
+/// The memory of the smallest machine, in MiB.
+const SMALLEST_MIB: u32 = 128;
+/// The most vCPUs of a machine.
+const MOST_VCPUS: u8 = 32;
+/// Memory is added in multiples of so many MiB.
+const ADDED_MIB: u32 = 4;
+/// The most that is added, in MiB.
+const ADDED_MOST_MIB: u32 = 256 << 10;
 
 /// What a clone and its template have in common, besides the programs.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd, Serialize)]
@@ -47,6 +58,8 @@ pub struct Shape {
     pub scratch: Option<u64>,
     /// Whether it has a network device.
     pub network: bool,
+    /// That it grows: the most vCPUs that its kernel knows of.
+    pub grows_to: Option<u8>,
 }
 
 impl Shape {
@@ -60,8 +73,39 @@ impl Shape {
                 Scratch::Memory { .. } => None,
             },
             network: plan.port.is_some(),
+            grows_to: None,
         }
     }
+
+    /// The smallest machine with the same devices, which can have as many vCPUs as the node has processors.
+    #[must_use]
+    pub fn smallest(&self) -> Self {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            vcpus: 1,
+            memory_mib: SMALLEST_MIB,
+            grows_to: Some(u8::try_from(processors).map_or(MOST_VCPUS, |it| it.min(MOST_VCPUS))),
+            ..self.clone()
+        }
+    }
+
+    /// How a machine of this shape grows into another one; `None`: it cannot.
+    fn growth(&self, into: &Self) -> Option<GrowthConfig> {
+        let most_vcpus = self.grows_to?;
+        let added = into.memory_mib.checked_sub(self.memory_mib)?;
+        let fits = into.vcpus <= most_vcpus && added <= ADDED_MOST_MIB;
+        fits.then_some(GrowthConfig {
+            vcpus: self.vcpus,
+            memory_mib: self.memory_mib,
+            most_vcpus,
+        })
+    }
+}
+
+/// The memory of a pod's machine that grows, in MiB: what is added comes in blocks.
+pub fn rounded(memory_mib: u32, growth: &GrowthConfig) -> u32 {
+    let added = memory_mib.saturating_sub(growth.memory_mib);
+    growth.memory_mib + added.next_multiple_of(ADDED_MIB)
 }
 
 /// A template's files, open for reading.
@@ -69,6 +113,7 @@ pub struct Template {
     key: String,
     memory: File,
     state: File,
+    growth: Option<GrowthConfig>,
 }
 
 impl Template {
@@ -78,7 +123,13 @@ impl Template {
             role: TemplateRole::Clone,
             memory: fds.push(&self.memory),
             state: fds.push(&self.state),
+            growth: self.growth,
         }
+    }
+
+    /// How a clone of it grows into its pod's size; `None`: it has that already.
+    pub fn growth(&self) -> Option<GrowthConfig> {
+        self.growth
     }
 }
 
@@ -149,20 +200,11 @@ impl Templates {
         }
     }
 
-    /// The template of a shape, if it is there; else it is made, if it is worth that.
+    /// What a pod of this shape can be a clone of: the template of that shape, or a smaller one that grows. Where the first is
+    /// not there it is made, if it is worth that.
     pub fn find(self: &Arc<Self>, shape: &Shape, config: &MicroVmConfig) -> Option<Template> {
-        let key = match key(shape, config) {
-            Ok(key) => key,
-            Err(error) => {
-                tracing::warn!(%error, "templates cannot be used");
-                return None;
-            }
-        };
-        let dir = self.pod.state_dir.join(&key);
-        let open = |name| File::open(dir.join(name));
-        if let (Ok(memory), Ok(state)) = (open("memory"), open("state")) {
-            self.lock().used.insert(key.clone(), Instant::now());
-            return Some(Template { key, memory, state });
+        if let Some(template) = self.of(shape, config) {
+            return Some(template);
         }
         let asked = {
             let mut known = self.lock();
@@ -173,7 +215,36 @@ impl Templates {
         if asked >= ASKED {
             self.make(shape.clone(), config.clone());
         }
-        None
+        let smallest = shape.smallest();
+        let growth = smallest.growth(shape)?;
+        let template = self.of(&smallest, config)?;
+        Some(Template {
+            growth: Some(growth),
+            ..template
+        })
+    }
+
+    /// The template of exactly this shape, if it is there.
+    pub fn of(&self, shape: &Shape, config: &MicroVmConfig) -> Option<Template> {
+        let key = match key(shape, config) {
+            Ok(key) => key,
+            Err(error) => {
+                tracing::warn!(%error, "templates cannot be used");
+                return None;
+            }
+        };
+        let dir = self.pod.state_dir.join(&key);
+        let memory = File::open(dir.join("memory")).ok()?;
+        let state = File::open(dir.join("state")).ok()?;
+        if shape.grows_to.is_none() {
+            self.lock().used.insert(key.clone(), Instant::now());
+        }
+        Some(Template {
+            key,
+            memory,
+            state,
+            growth: None,
+        })
     }
 
     /// Makes the template of a shape in the background, unless it is there, or was tried.
@@ -238,7 +309,9 @@ impl Templates {
             fs::rename(&new, self.pod.state_dir.join(key))
         });
         match kept {
-            Ok(()) => self.keep(key),
+            Ok(()) if shape.grows_to.is_none() => self.keep(key),
+            // It is for all sizes, whichever are asked for.
+            Ok(()) => {}
             Err(_) => drop(fs::remove_dir_all(&new)),
         }
         kept
@@ -269,6 +342,7 @@ impl Templates {
             role: TemplateRole::Make,
             memory: fds.push(&memory),
             state: fds.push(&state),
+            growth: shape.growth(shape),
         };
         let mut nets = Vec::new();
         let cable = UnixDatagram::pair()?;
@@ -391,7 +465,43 @@ mod tests {
         memory_mib: 128,
         scratch: None,
         network: true,
+        grows_to: None,
     };
+
+    #[test]
+    fn the_smallest_machine_grows_into_larger_ones_with_its_devices() {
+        let disk = Shape {
+            scratch: Some(8 << 30),
+            ..SHAPE
+        };
+        let smallest = Shape {
+            grows_to: Some(4),
+            ..disk.smallest()
+        };
+        assert_eq!((smallest.vcpus, smallest.memory_mib), (1, SMALLEST_MIB));
+        assert_eq!((smallest.scratch, smallest.network), (Some(8 << 30), true));
+        let size = |vcpus, memory_mib| Shape {
+            vcpus,
+            memory_mib,
+            ..disk.clone()
+        };
+        let growth = smallest.growth(&size(4, 1 << 10)).unwrap();
+        assert_eq!((growth.vcpus, growth.memory_mib), (1, SMALLEST_MIB));
+        assert_eq!(growth.most_vcpus, 4);
+        assert_eq!(smallest.growth(&size(1, SMALLEST_MIB)), Some(growth));
+        for other in [
+            size(5, 1 << 10),
+            size(1, SMALLEST_MIB - 1),
+            size(1, 1 << 20),
+        ] {
+            assert_eq!(smallest.growth(&other), None, "{other:?}");
+        }
+        // One that does not grow is as large as it is.
+        assert_eq!(disk.growth(&disk), None);
+        for (memory, all) in [(128, 128), (129, 132), (132, 132), (300, 300), (301, 304)] {
+            assert_eq!(rounded(memory, &growth), all);
+        }
+    }
 
     #[test]
     fn a_template_is_found_by_all_that_it_depends_on() {
