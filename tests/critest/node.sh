@@ -77,6 +77,7 @@ microvm = "microvm"
 host = "host"
 [microvm]
 vcpus = 1
+templates = $([[ -n ${CAISSON_TEMPLATES-} ]] && echo true || echo false)
 [cni]
 conf_dir = "$state/net.d"
 [images]
