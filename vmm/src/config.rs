@@ -276,17 +276,17 @@ fn memory_size(config: &VmConfig, growth: Option<GrowthConfig>) -> Result<Memory
         "memory_mib",
         config.memory_mib,
         ok,
-        "that of its growth and a multiple of 4, to 262144, more",
+        "that of its growth plus a multiple of 4 up to 262144",
     )?;
     // What is made into a template has nothing yet that was added.
-    let made = config.template.as_ref();
-    let making = made.is_some_and(|it| it.role == TemplateRole::Make);
+    let role = config.template.as_ref().map(|template| template.role);
+    let making = role == Some(TemplateRole::Make);
     let grown = added > 0 || growth.vcpus < config.vcpus;
     range(
         "template.growth",
-        "of a template to be made",
+        "less than the machine",
         !(making && grown),
-        "smaller than the machine",
+        "all of a template to be made",
     )?;
     Ok(MemorySize { first, added })
 }
@@ -457,6 +457,66 @@ mod tests {
             "zz:00:00:00:00:01",
         ] {
             assert_eq!(parse_mac(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_a_machine_grows_from_is_within_it() {
+        let machine = |vcpus, memory_mib, role, growth| {
+            let index = FdIndex(0);
+            let config = VmConfig {
+                vcpus,
+                memory_mib,
+                template: Some(TemplateConfig {
+                    role,
+                    memory: index,
+                    state: index,
+                    growth: Some(growth),
+                }),
+                ..VmConfig::bare("pod", index, index, index)
+            };
+            memory_size(&config, Some(growth)).map_err(|error| error.to_string())
+        };
+        let (make, clone) = (TemplateRole::Make, TemplateRole::Clone);
+        let from = GrowthConfig {
+            vcpus: 1,
+            memory_mib: 128,
+            most_vcpus: 4,
+        };
+        let size = machine(4, 132, clone, from).unwrap();
+        assert_eq!((size.first, size.added), (128 << 20, 4 << 20));
+        assert_eq!(machine(1, 128, make, from).unwrap().added, 0);
+        let (more, less, none) = (
+            GrowthConfig { vcpus: 2, ..from },
+            GrowthConfig {
+                memory_mib: 32,
+                ..from
+            },
+            GrowthConfig { vcpus: 0, ..from },
+        );
+        let above = GrowthConfig {
+            memory_mib: 3073,
+            ..from
+        };
+        let many = GrowthConfig {
+            most_vcpus: 33,
+            ..from
+        };
+        for (vcpus, memory_mib, role, growth, field) in [
+            (1, 256, clone, more, "template.growth.vcpus"),
+            (1, 256, clone, none, "template.growth.vcpus"),
+            (5, 256, clone, from, "template.growth.most_vcpus"),
+            (1, 256, clone, many, "template.growth.most_vcpus"),
+            (1, 256, clone, less, "template.growth.memory_mib"),
+            (1, 124, clone, from, "template.growth.memory_mib"),
+            (1, 8192, clone, above, "template.growth.memory_mib"),
+            (1, 130, clone, from, "memory_mib is 130"),
+            (1, 128 + (256 << 10) + 4, clone, from, "memory_mib is"),
+            (2, 128, make, from, "template.growth is"),
+            (1, 132, make, from, "template.growth is"),
+        ] {
+            let error = machine(vcpus, memory_mib, role, growth).unwrap_err();
+            assert!(error.starts_with(field), "{error}");
         }
     }
 

@@ -200,10 +200,26 @@ pub struct TemplateConfig {
 pub struct GrowthConfig {
     /// The vCPUs that it had, 1 to those that it has now.
     pub vcpus: u8,
-    /// The memory that it had in MiB, 64 to 3072, and no more than it has now. The rest is a multiple of 4 MiB.
+    /// The memory that it had in MiB, 64 to 3072, and no more than it has now. The rest comes in whole
+    /// blocks.
     pub memory_mib: u32,
     /// The most vCPUs that its kernel knows of, at least those that it has now.
     pub most_vcpus: u8,
+}
+
+impl GrowthConfig {
+    /// Memory is added in blocks of so many MiB, the least that Linux takes at a time.
+    pub const BLOCK_MIB: u32 = 4;
+    /// The most that is added, in MiB: a guest is told so when it boots, and all processors can address as much.
+    pub const MOST_MIB: u32 = 256 << 10;
+
+    /// The memory of a machine that grows to hold so many MiB: what is added comes in whole blocks.
+    pub fn rounded(&self, memory_mib: u32) -> u32 {
+        let added = memory_mib.saturating_sub(self.memory_mib);
+        let blocks = added.div_ceil(Self::BLOCK_MIB);
+        self.memory_mib
+            .saturating_add(blocks.saturating_mul(Self::BLOCK_MIB))
+    }
 }
 
 /// Whether a template, or a saved machine, is made or used.

@@ -1,5 +1,6 @@
 //! Where everything is in guest-physical memory and on the I/O bus.
 
+use caisson_vmm_protocol::GrowthConfig;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 /// The global descriptor table that the boot processor starts with.
@@ -27,10 +28,10 @@ pub const MMIO_HOLE: u64 = 0xc000_0000;
 pub const MMIO_HOLE_END: u64 = 0x1_0000_0000;
 /// Where memory is that a guest takes in use after its boot: behind that of the largest template that grows.
 pub const ADDED: GuestAddress = GuestAddress(MMIO_HOLE_END);
-/// The most of it, in bytes: a guest is told so when it boots, and all processors can address as much.
-pub const ADDED_MOST: u64 = 256 << 30;
-/// It comes in blocks of so many bytes, the least that Linux handles at a time.
-pub const ADDED_BLOCK: u64 = 4 << 20;
+/// The most of it, in bytes.
+pub const ADDED_MOST: u64 = (GrowthConfig::MOST_MIB as u64) << 20;
+/// It comes in blocks of so many bytes.
+pub const ADDED_BLOCK: u64 = (GrowthConfig::BLOCK_MIB as u64) << 20;
 /// The first virtio-mmio window.
 pub const VIRTIO_MMIO: u64 = 0xd000_0000;
 /// The size of one virtio-mmio window.

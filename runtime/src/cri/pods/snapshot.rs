@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use caisson_proto::agent;
-use caisson_vmm_protocol::{Request, SavedMachine, VmState};
+use caisson_vmm_protocol::{GrowthConfig, Request, SavedMachine, VmState};
 
 use super::super::registry::{Container, Pod, now};
 use super::super::{Context, CriError, guest};
@@ -28,8 +28,6 @@ use crate::snapshot::{
 use crate::steps::{self, Step};
 use crate::store::{SandboxRecord, SandboxState};
 
-/// A machine that has grown has up to so many MiB more than its pod asks for, as what was added comes in blocks.
-const GROWN_MIB: u64 = 4;
 /// How long a pod may take to stand still: its processes, and who reads its output.
 const STANDSTILL: Duration = Duration::from_secs(60);
 
@@ -120,7 +118,8 @@ async fn write(
     steps::done(Step::PodStandsStill);
     let record = pod.record();
     let (_, memory_mib) = size::machine(&record.config.0, &context.config.microvm);
-    let most = (u64::from(memory_mib) + GROWN_MIB) << 20;
+    // What was added to one that has grown came in blocks.
+    let most = (u64::from(memory_mib) + u64::from(GrowthConfig::BLOCK_MIB)) << 20;
     let (writing, machine) = take_machine(sandbox, writing, most).await?;
     steps::done(Step::MachineWritten);
     let manifest = Manifest {

@@ -14,7 +14,7 @@ use caisson_vmm_protocol::{
 };
 
 use super::share::{GUEST_PATH, Share};
-use super::template::{Shape, Template, rounded};
+use super::template::{Shape, Template};
 use super::vhost;
 use super::{LAYERS_SERIAL, MicroVm, MicroVmConfig, PROCESS_MIB};
 use crate::network::{Coming, PodNetwork};
@@ -349,7 +349,7 @@ pub fn machine(
     Machine {
         id: plan.id.clone(),
         vcpus: plan.vcpus,
-        memory_mib: growth.map_or(plan.memory_mib, |it| rounded(plan.memory_mib, &it)),
+        memory_mib: growth.map_or(plan.memory_mib, |it| it.rounded(plan.memory_mib)),
         user: plan.user,
         nets: taps.map(|tap| net(tap.as_ref(), vhost, fds)).collect(),
         template,
@@ -522,7 +522,7 @@ async fn set_up(
     growth: Option<GrowthConfig>,
 ) -> io::Result<()> {
     let growth = growth.map(|growth| {
-        let added = rounded(plan.memory_mib, &growth) - growth.memory_mib;
+        let added = growth.rounded(plan.memory_mib) - growth.memory_mib;
         proto::Growth {
             vcpus: plan.vcpus.into(),
             added_bytes: u64::from(added) << 20,

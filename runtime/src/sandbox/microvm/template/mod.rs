@@ -42,10 +42,6 @@ const ASKED: u32 = 2;
 const SMALLEST_MIB: u32 = 128;
 /// The most vCPUs of a machine.
 const MOST_VCPUS: u8 = 32;
-/// Memory is added in multiples of so many MiB.
-const ADDED_MIB: u32 = 4;
-/// The most that is added, in MiB.
-const ADDED_MOST_MIB: u32 = 256 << 10;
 
 /// What a clone and its template have in common, besides the programs.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd, Serialize)]
@@ -93,19 +89,13 @@ impl Shape {
     fn growth(&self, into: &Self) -> Option<GrowthConfig> {
         let most_vcpus = self.grows_to?;
         let added = into.memory_mib.checked_sub(self.memory_mib)?;
-        let fits = into.vcpus <= most_vcpus && added <= ADDED_MOST_MIB;
+        let fits = into.vcpus <= most_vcpus && added <= GrowthConfig::MOST_MIB;
         fits.then_some(GrowthConfig {
             vcpus: self.vcpus,
             memory_mib: self.memory_mib,
             most_vcpus,
         })
     }
-}
-
-/// The memory of a pod's machine that grows, in MiB: what is added comes in blocks.
-pub fn rounded(memory_mib: u32, growth: &GrowthConfig) -> u32 {
-    let added = memory_mib.saturating_sub(growth.memory_mib);
-    growth.memory_mib + added.next_multiple_of(ADDED_MIB)
 }
 
 /// A template's files, open for reading.
@@ -499,7 +489,7 @@ mod tests {
         // One that does not grow is as large as it is.
         assert_eq!(disk.growth(&disk), None);
         for (memory, all) in [(128, 128), (129, 132), (132, 132), (300, 300), (301, 304)] {
-            assert_eq!(rounded(memory, &growth), all);
+            assert_eq!(growth.rounded(memory), all);
         }
     }
 
