@@ -110,6 +110,14 @@ impl DeviceError {
     pub fn host(device: &'static str) -> impl Fn(io::Error) -> Self {
         move |source| Self::Host { device, source }
     }
+
+    /// What makes a [`DeviceError::Guest`] of this device from what was wrong.
+    pub fn guest(device: &'static str) -> impl Fn(&str) -> Self {
+        move |what| Self::Guest {
+            device,
+            what: what.into(),
+        }
+    }
 }
 
 /// A device behind any transport.

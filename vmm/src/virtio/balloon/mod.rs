@@ -157,22 +157,17 @@ impl Rings {
 /// Gives the pages of a report back. Nothing is given back where a part of it cannot be.
 fn give_back(report: &Chain<'_>) -> Result<(), DeviceError> {
     if !report.readable.is_empty() {
-        return Err(broken("a report has a buffer that may only be read"));
+        return Err(DeviceError::guest(DEVICE)(
+            "a report has a buffer that may only be read",
+        ));
     }
     let slices = || report.writable.slices();
     if !slices().all(is_whole_pages) {
-        return Err(broken("a report is not of whole pages"));
+        return Err(DeviceError::guest(DEVICE)("a report is not of whole pages"));
     }
     slices()
         .try_for_each(discard)
         .map_err(DeviceError::host(DEVICE))
-}
-
-fn broken(what: &str) -> DeviceError {
-    DeviceError::Guest {
-        device: DEVICE,
-        what: what.into(),
-    }
 }
 
 #[cfg(test)]

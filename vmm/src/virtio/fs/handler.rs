@@ -78,10 +78,7 @@ fn answer(
     memory: &GuestMemoryMmap,
     chain: Chain<'_>,
 ) -> Result<u32, DeviceError> {
-    let broken = |what: &str| DeviceError::Guest {
-        device: DEVICE,
-        what: what.to_owned(),
-    };
+    let broken = DeviceError::guest(DEVICE);
     let Some(header) = chain.readable.clone().read_array::<IN_HEADER>() else {
         return Err(broken("a request is shorter than its header"));
     };

@@ -218,9 +218,12 @@ fn answer(
     chain: &mut Chain<'_>,
 ) -> Result<Answer, DeviceError> {
     let request = chain.readable.read_array::<REQUEST>();
-    let request = request.ok_or_else(|| broken("a request is shorter than 24 bytes"))?;
+    let request =
+        request.ok_or_else(|| DeviceError::guest(DEVICE)("a request is shorter than 24 bytes"))?;
     if chain.writable.len() < RESPONSE {
-        return Err(broken("there is no room for the answer to a request"));
+        return Err(DeviceError::guest(DEVICE)(
+            "there is no room for the answer to a request",
+        ));
     }
     let half = |at: usize| u16::from_le_bytes([request[at], request[at + 1]]);
     let (kind, count) = (half(0), half(16));
@@ -265,13 +268,6 @@ fn unplug(
     }
     blocks.set(range, false);
     Ok(Answer::Ack)
-}
-
-fn broken(what: &str) -> DeviceError {
-    DeviceError::Guest {
-        device: DEVICE,
-        what: what.into(),
-    }
 }
 
 #[cfg(test)]

@@ -172,7 +172,6 @@ fn a_request_without_its_bytes_or_room_is_the_guests_fault() {
     }
 }
 
-// must-test: limits of a device told to the guest in its configuration
 #[test]
 fn the_configuration_is_as_the_driver_expects_it() {
     let device = Mem::new(96 << 20, false);
